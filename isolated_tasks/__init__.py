@@ -1,0 +1,68 @@
+"""Celery tasks whose bodies run in short-lived processes, so that memory is given back.
+
+The package has two wings, and imports point down only (a test says so)::
+
+    task        IsolatedTask: decides who runs a call, and where
+    worker      the bootstep that starts and stops the forkserver
+    body        inside the child: rebuild task.request, run the body
+    byvalue     tasks that the forkserver cannot import
+    settings    task attributes and app.conf become options
+    ──────────  below this line nothing knows of Celery
+    process/    run any callable in a child: see its own map
+    ──────────
+    errors      every exception; imports nothing
+
+What is exported here, the ``isolated_*`` settings and ``isolated_tasks.errors`` are public;
+everything else may change. Names are loaded on first use (PEP 562), because the forkserver and a
+spawned child import this package too and must be free to do so without Celery.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isolated_tasks.errors import (
+        ChildLostError,
+        ForkserverError,
+        IsolationError,
+        OptionError,
+        OutOfMemoryError,
+        ProtocolError,
+        RemoteError,
+        UnpicklableError,
+    )
+    from isolated_tasks.task import IsolatedMixin, IsolatedTask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChildLostError",
+    "ForkserverError",
+    "IsolatedMixin",
+    "IsolatedTask",
+    "IsolationError",
+    "OptionError",
+    "OutOfMemoryError",
+    "ProtocolError",
+    "RemoteError",
+    "UnpicklableError",
+    "__version__",
+]
+
+_MODULE_OF = {
+    "IsolatedMixin": "isolated_tasks.task",
+    "IsolatedTask": "isolated_tasks.task",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_MODULE_OF.get(name, "isolated_tasks.errors"))
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

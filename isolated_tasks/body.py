@@ -1,0 +1,300 @@
+"""Inside the forkserver and the child: load the app, rebuild ``task.request``, run the body.
+
+`load_app` runs once, in the forkserver (or in a spawned child); `run` runs in the child, for each
+call. What is sent to them is described by `describe_app` and `BodyCall`, in the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from celery import _state
+from celery.app import trace
+from celery.app.task import Context, Task
+
+from isolated_tasks import byvalue
+from isolated_tasks.errors import ForkserverError
+from isolated_tasks.process import pickling
+from isolated_tasks.process.outcome import Failure, Outcome
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["BodyCall", "Logs", "StackEntry", "UnknownTask", "describe_app", "load_app", "run"]
+
+logger = logging.getLogger(__name__)
+
+#: The app that this forkserver or child has loaded.
+_app: Celery | None = None
+
+
+# ── the app ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
+    """Say, in the worker, how a forkserver gets this app.
+
+    Returns:
+        A title for reports, and the argument of `load_app`.
+    """
+    location = _location(app)
+    description = {
+        "location": location,
+        "hostname": hostname,
+        "changes": _picklable_settings(app),
+        "parts": _parts(app),
+    }
+    title = f"app {location}" if location else f"app {app.main or 'default'} (rebuilt)"
+    return title, pickling.dumps(description, pickler=byvalue.Pickler).body
+
+
+def load_app(argument: bytes) -> None:
+    """Load the app as a worker would, without opening any connection.
+
+    An app that lives in a script, a notebook or a function is built anew from its parts, as
+    Celery does for pool processes that are not forked. So is one whose import fails, so that its
+    tasks, which then come by value, do not meet Celery's default app and its broker.
+
+    Raises:
+        BaseException: What the import raised.
+    """
+    description = pickle.loads(argument)
+    try:
+        _adopt(_import(description["location"]) or _rebuild(description["parts"]), description)
+    except BaseException:
+        _adopt(_rebuild(description["parts"]), description)
+        raise
+
+
+def _import(location: str | None) -> Celery | None:
+    if location is None:
+        return None
+    module, _, attribute = location.partition(":")
+    app: Celery = getattr(importlib.import_module(module), attribute)
+    return app
+
+
+def _rebuild(parts: bytes) -> Celery:
+    cls, keywords = pickle.loads(parts)
+    app: Celery = cls(**{**keywords, "set_as_current": True})
+    return app
+
+
+def _adopt(app: Celery, description: dict[str, Any]) -> None:
+    global _app
+    _app = app
+    app.conf.update(description["changes"])
+    app.loader.init_worker()
+    # Current and default app, finalised, and the patch by which calling a plain task in a body
+    # behaves as it does in a worker.
+    trace.setup_worker_optimizations(app, description["hostname"])
+
+
+def _parts(app: Celery) -> bytes:
+    keywords = dict(app.__reduce_keys__())
+    keywords["changes"] = {}
+    return bytes(pickling.dumps((type(app), keywords), pickler=byvalue.Pickler).body)
+
+
+def _location(app: Celery) -> str | None:
+    """``module:attribute`` under which an import finds the app; None where there is none."""
+    preferred = [app.main] if isinstance(app.main, str) else []
+    for name in (*preferred, *sorted(sys.modules)):
+        # `__main__` is another module in the forkserver; Celery's own modules hold whichever
+        # app is current.
+        if name in ("__main__", "__mp_main__") or name.split(".")[0] in ("celery", "isolated_tasks"):
+            continue
+        module = sys.modules.get(name)
+        if getattr(module, "__spec__", None) is None:
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is app:
+                return f"{name}:{attribute}"
+    return None
+
+
+def _picklable_settings(app: Celery) -> dict[str, Any]:
+    """What was changed in ``app.conf``; a default of Celery's own is not sent."""
+    changes = {}
+    for name, value in dict(app.conf.changes).items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception as exc:
+            logger.warning(
+                "setting %s cannot be pickled, so isolated bodies do not see a change that was "
+                "made to it at run time: %s",
+                name,
+                exc,
+            )
+        else:
+            changes[name] = value
+    return changes
+
+
+# ── a call ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class StackEntry:
+    """A task that is being executed, with its request, as they stand on Celery's stacks."""
+
+    task: str
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Logs:
+    """How the worker has set up logging; the arguments of ``app.log.setup``."""
+
+    level: int
+    file: str | None
+    redirect: bool
+    redirect_level: str
+    hostname: str | None
+    #: ``%(processName)s`` in the worker's formats.
+    process_name: str
+
+
+@dataclass(frozen=True)
+class BodyCall:
+    """Everything that the body of a task finds around itself."""
+
+    task: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    #: Outermost first. The last is the task's own, unless it is called directly.
+    stack: list[StackEntry]
+    #: The task is called as a function, by the task on top of the stack (``celery.map``).
+    directly: bool
+    #: Whether ``AsyncResult.get()`` is refused.
+    join_will_block: bool
+    logs: Logs | None
+    #: Tasks that come by value.
+    definitions: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class UnknownTask:
+    """The outcome's value where the child's app has no task of that name: nothing has run."""
+
+    name: str
+
+
+def run(call: BodyCall) -> Outcome:
+    """Run the body of a task, in the child."""
+    app = _app
+    if app is None:
+        raise ForkserverError(
+            f"task {call.task!r}: the app could not be loaded; the worker's log says why"
+        )
+    _become_worker_process(app, call)
+    for definition in call.definitions:
+        byvalue.define(app, definition)
+    missing = [name for name in (call.task, *(e.task for e in call.stack)) if name not in app.tasks]
+    if missing:
+        return Outcome(value=UnknownTask(missing[0]))
+    task = app.tasks[call.task]
+    frame = sys._getframe()
+    with _stack(app, call.stack) as contexts:
+        try:
+            outcome = Outcome(value=_function(task, call)(*call.args, **call.kwargs))
+        except BaseException as exc:
+            outcome = Outcome(failure=Failure.of(exc, skip=frame))
+    children = [child.as_tuple() for child in contexts[-1]._children or ()]
+    outcome.notes["children"] = children
+    return outcome
+
+
+def _function(task: Any, call: BodyCall) -> Callable[..., Any]:
+    """What the worker's tracer would call if the task were not isolated."""
+    if call.directly:
+        return task
+    # A base class with a __call__ of its own (an app context of Flask, a session) goes around
+    # the body, here where the body is. Celery's own only looks after the stacks.
+    from isolated_tasks.task import IsolatedMixin
+
+    around = super(IsolatedMixin, task).__call__
+    if around.__func__ is Task.__call__:
+        return task.run
+    # It ends in Celery's own, which runs the body on the stacks that are there, once.
+    task.request_stack.top._protected = 0
+    return around
+
+
+@contextlib.contextmanager
+def _stack(app: Celery, entries: Sequence[StackEntry]):  # type: ignore[no-untyped-def]
+    """Have Celery's stacks as they are where the task was called."""
+    contexts = []
+    for entry in entries:
+        task = app.tasks[entry.task]
+        context = Context()
+        # Not Context(request): it would take our copy of the headers for custom headers.
+        context.__dict__.clear()
+        context.__dict__.update(entry.request)
+        _state.push_current_task(task)
+        task.request_stack.push(context)
+        contexts.append(context)
+    try:
+        yield contexts
+    finally:
+        for entry in reversed(entries):
+            app.tasks[entry.task].request_stack.pop()
+            _state.pop_current_task()
+
+
+# ── the process ─────────────────────────────────────────────────────────────────────────────────
+
+_is_set_up = False
+
+
+def _become_worker_process(app: Celery, call: BodyCall) -> None:
+    """Do what a pool process does when it is born; once for each child."""
+    global _is_set_up
+    _state._set_task_join_will_block(call.join_will_block)
+    if _is_set_up:
+        return
+    _is_set_up = True
+    # os.fork() alone does not run these; kombu, Celery and SQLAlchemy's backend register theirs
+    # with multiprocessing, to let go of connections that they have in common with the parent.
+    multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
+    # What no hook resets: reply queues and per-thread backends.
+    app.__dict__.pop("oid", None)
+    app._local = threading.local()
+    app._backend_cache = None
+    if call.logs is not None:
+        _set_up_logging(app, call.logs)
+
+
+def _set_up_logging(app: Celery, logs: Logs) -> None:
+    multiprocessing.current_process().name = logs.process_name
+    app.log.already_setup = False
+    app.log.setup(logs.level, logs.file, logs.redirect, logs.redirect_level, hostname=logs.hostname)
+
+
+def current_logs(hostname: str | None) -> Logs | None:
+    """How this process, a worker's, has set up logging; None where it is no worker's.
+
+    Celery leaves these variables for processes that it starts (celery/app/log.py, ``setup``).
+    """
+    if "CELERY_LOG_LEVEL" not in os.environ:
+        return None
+    return Logs(
+        level=int(os.environ.get("CELERY_LOG_LEVEL") or 0),
+        file=os.environ.get("CELERY_LOG_FILE") or None,
+        redirect=bool(os.environ.get("CELERY_LOG_REDIRECT")),
+        redirect_level=os.environ.get("CELERY_LOG_REDIRECT_LEVEL") or "WARNING",
+        hostname=hostname,
+        process_name=multiprocessing.current_process().name,
+    )

@@ -1,0 +1,142 @@
+"""What a forkserver loads before the first fork, and what that left behind.
+
+Runs in the forkserver and, for its set-up alone, in a spawned child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from isolated_tasks.process import system
+from isolated_tasks.process.protocol import Boot
+
+__all__ = ["Entry", "adopt", "fork_quietly", "load", "set_up"]
+
+
+@dataclass
+class Entry:
+    """One thing that was loaded."""
+
+    #: A module, or the title of the set-up.
+    name: str
+    seconds: float = 0.0
+    #: The traceback, where loading failed.
+    error: str | None = None
+    #: Names of threads that it started and that a fork would leave behind.
+    threads: list[str] = field(default_factory=list)
+    #: It initialised CUDA, which no fork can use.
+    cuda: bool = False
+
+
+def adopt(boot: Boot) -> None:
+    """Take over the main process's import path and arguments."""
+    if boot.python_path is None:
+        os.environ.pop("PYTHONPATH", None)
+    else:
+        os.environ["PYTHONPATH"] = boot.python_path
+    sys.path[:] = boot.sys_path
+    sys.argv[:] = boot.argv
+
+
+def set_up(boot: Boot) -> None:
+    """Call ``boot.setup``, if there is one.
+
+    Raises:
+        BaseException: Whatever it raises.
+    """
+    if not boot.setup:
+        return
+    module, _, function = boot.setup.partition(":")
+    with _current_directory_importable():
+        getattr(importlib.import_module(module), function)(boot.setup_argument)
+
+
+def load(boot: Boot) -> list[Entry]:
+    """Load everything; then collect garbage and freeze what is left.
+
+    The frozen objects leave the collector's lists, so that a collection in a child does not write
+    to their headers and so copy every page of the forkserver's heap (``gc.freeze``).
+    """
+    entries = []
+    if boot.setup:
+        entries.append(_load_one(boot.setup_name, lambda: set_up(boot)))
+    for module in boot.preload:
+        entries.append(_load_one(module, functools.partial(_import, module)))
+    gc.collect()
+    # A collection in the forkserver would do what the freeze prevents; a child turns it on again.
+    gc.disable()
+    gc.freeze()
+    return entries
+
+
+def _import(module: str) -> None:
+    with _current_directory_importable():
+        importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """Import as Celery does: its commands look into the current directory, and only then."""
+    directory = os.getcwd()
+    if directory in sys.path:
+        yield
+        return
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+
+
+def _load_one(name: str, action: Callable[[], object]) -> Entry:
+    entry = Entry(name)
+    threads_before = set(threading.enumerate())
+    native_before = _threads_after_fork()
+    had_cuda = system.uses_cuda()
+    began = time.monotonic()
+    try:
+        action()
+    except BaseException:
+        # SystemExit and KeyboardInterrupt too: a preload must not end the forkserver unseen.
+        entry.error = traceback.format_exc()
+    entry.seconds = time.monotonic() - began
+    started = _threads_after_fork() - native_before
+    if started > 0:
+        named = [thread.name for thread in threading.enumerate() if thread not in threads_before]
+        entry.threads = named + ["(native)"] * (started - len(named))
+    entry.cuda = system.uses_cuda() and not had_cuda
+    return entry
+
+
+def _threads_after_fork() -> int:
+    """Threads that a fork of this process would really lose.
+
+    Asked by forking: OpenBLAS, which every ``import numpy`` brings along, ends its threads before
+    a fork and starts them again when they are needed, so they harm nobody (pthread_atfork(3)).
+    """
+    if system.thread_count() == 1:
+        return 1
+    pid = fork_quietly()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return system.thread_count()
+
+
+def fork_quietly() -> int:
+    """``os.fork`` without the warning about threads of Python 3.12: `Entry.threads` is ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()

@@ -1,0 +1,426 @@
+"""Every message between the processes, and how it becomes bytes. No I/O happens here.
+
+A message travels as one frame. All numbers are big-endian::
+
+     0        2      3      4        6        8                16
+    ┌────────┬──────┬──────┬────────┬────────┬─────────────────┐
+    │ "IT"   │ ver. │ kind │ flags  │buffers │ body length     │  header
+    └────────┴──────┴──────┴────────┴────────┴─────────────────┘
+    ┌─────────────────┬─────────────────┬ …
+    │ buffer length   │ buffer length   │     one for each buffer
+    └─────────────────┴─────────────────┴ …
+    body, then the buffers one after the other
+
+Three kinds of sockets carry them:
+
+*control*, one for each child, between requester and forkserver
+    ► `Spawn`, once and first, with three descriptors: the child's end of its call socket, the
+    reading end of the lifeline, the crash file. Then any number of `Signal`.
+    ◄ either `Refused`, or `Started` (with a pidfd where the kernel has them) and, when the child
+    has been reaped, `Exited`. The requester's closing its end while the child lives means: kill it.
+*call*, one for each child, between requester and child
+    ► `Call`. ◄ `Accepted`, before anything of the call is unpickled; then `Outcome`. A batch
+    repeats this; an outcome with the flag ``LAST`` says that the child exits now.
+*status*, one for each forkserver, between main process and forkserver
+    ► `Boot`, once and first. ◄ `Loaded`, once. End-of-file from either side means: it is gone.
+
+Bodies of *control* and *status* messages are JSON, so that the forkserver never unpickles what a
+user sent; those of `Call` and `Outcome` are pickles whose large buffers follow out of band
+(PEP 574). Lengths are checked against the reader's limits before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import mmap
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from isolated_tasks.errors import ProtocolError
+
+__all__ = [
+    "CALL_LIMITS",
+    "CONTROL_LIMITS",
+    "SPAWN_DESCRIPTORS",
+    "STATUS_LIMITS",
+    "Accepted",
+    "Boot",
+    "Call",
+    "Exited",
+    "Frame",
+    "FrameReader",
+    "Kind",
+    "Limits",
+    "Loaded",
+    "Message",
+    "Outcome",
+    "Refused",
+    "Signal",
+    "Spawn",
+    "Started",
+    "decode",
+    "encode",
+    "expect",
+]
+
+MAGIC = b"IT"
+VERSION = 1
+HEADER = struct.Struct("!2sBBHHQ")
+LENGTH = struct.Struct("!Q")
+
+#: The flag of an `Outcome` after which the child exits.
+LAST = 1
+
+#: Descriptors that come with a `Spawn`.
+SPAWN_DESCRIPTORS = 3
+
+#: From this size on a body or a buffer is received into a mapping of its own, which goes back to
+#: the system when it is dropped. malloc might keep it: glibc raises its threshold for using mmap
+#: whenever such a block is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
+MAPPED_FROM = 256 * 1024
+
+#: What a reader takes in at once, and so the largest read that may hold several frames.
+SCRATCH_SIZE = 64 * 1024
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Kind(enum.IntEnum):
+    """The number of each message on the wire."""
+
+    SPAWN = 1
+    SIGNAL = 2
+    STARTED = 3
+    REFUSED = 4
+    EXITED = 5
+    CALL = 6
+    ACCEPTED = 7
+    OUTCOME = 8
+    BOOT = 9
+    LOADED = 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a reader admits in one frame."""
+
+    body: int
+    buffers: int
+    buffer: int
+
+
+#: An environment may be large, nothing else is.
+CONTROL_LIMITS = Limits(body=4 << 20, buffers=0, buffer=0)
+#: Tracebacks of preloads, and the description of the app as a buffer.
+STATUS_LIMITS = Limits(body=16 << 20, buffers=1, buffer=64 << 20)
+#: As much as a machine may hold; a length beyond it is a broken peer.
+CALL_LIMITS = Limits(body=1 << 40, buffers=4096, buffer=1 << 40)
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """Start a child (requester ► forkserver)."""
+
+    name: str
+    start_method: str
+    batch_size: int
+    batch_idle_timeout: float
+    batch_memory_limit_bytes: int | None
+    exit_timeout: float
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Send a signal to the child's whole group (requester ► forkserver)."""
+
+    signal: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The child exists (forkserver ► requester)."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The child could not be started (forkserver ► requester)."""
+
+    reason: str
+    errno: int | None
+
+
+@dataclass(frozen=True)
+class Exited:
+    """The child has been reaped (forkserver ► requester)."""
+
+    #: A status of 0 or more, or minus the signal.
+    exit_code: int
+    peak_rss_bytes: int
+    user_seconds: float
+    system_seconds: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run this (requester ► child)."""
+
+    pickled: Bytes
+    buffers: Sequence[Bytes] = ()
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The call is here, whole, and begins now (child ► requester)."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The call has ended (child ► requester)."""
+
+    pickled: Bytes
+    buffers: Sequence[Bytes] = ()
+    #: The child serves no more calls.
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What to load (main process ► forkserver)."""
+
+    sys_path: list[str]
+    argv: list[str]
+    #: ``PYTHONPATH`` as it was before the launcher changed it to get the forkserver started.
+    python_path: str | None
+    #: Removed with the socket in it when the main process is gone.
+    directory: str
+    #: Modules, in this order, after ``setup``.
+    preload: list[str]
+    #: ``"module:function"``, called with ``setup_argument`` before the preload; may be empty.
+    setup: str
+    #: The title of what ``setup`` loads, for reports.
+    setup_name: str
+    setup_argument: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded (forkserver ► main process)."""
+
+    pid: int
+    seconds: float
+    rss_bytes: int
+    #: `preload.Entry` as mappings.
+    entries: list[dict[str, Any]]
+
+
+Message = (
+    Spawn | Signal | Started | Refused | Exited | Call | Accepted | Outcome | Boot | Loaded
+)
+
+_KIND_OF: dict[type, Kind] = {
+    Spawn: Kind.SPAWN,
+    Signal: Kind.SIGNAL,
+    Started: Kind.STARTED,
+    Refused: Kind.REFUSED,
+    Exited: Kind.EXITED,
+    Call: Kind.CALL,
+    Accepted: Kind.ACCEPTED,
+    Outcome: Kind.OUTCOME,
+    Boot: Kind.BOOT,
+    Loaded: Kind.LOADED,
+}
+_CLASS_OF = {kind: cls for cls, kind in _KIND_OF.items()}
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame, whole: a message before its body is understood."""
+
+    kind: Kind
+    flags: int
+    body: Bytes
+    buffers: Sequence[Bytes]
+
+
+def encode(message: Message) -> list[Bytes]:
+    """Turn a message into the pieces of its frame, in order; large ones are not copied."""
+    kind = _KIND_OF[type(message)]
+    body: Bytes
+    buffers: Sequence[Bytes] = ()
+    flags = 0
+    if isinstance(message, Call | Outcome):
+        body, buffers = message.pickled, message.buffers
+        flags = LAST if isinstance(message, Outcome) and message.last else 0
+    elif isinstance(message, Boot):
+        values = asdict(message)
+        buffers = (values.pop("setup_argument"),)
+        body = json.dumps(values).encode()
+    else:
+        body = json.dumps(asdict(message)).encode()
+    head = HEADER.pack(MAGIC, VERSION, kind, flags, len(buffers), _size(body))
+    lengths = b"".join(LENGTH.pack(_size(buffer)) for buffer in buffers)
+    return [head + lengths, body, *buffers]
+
+
+def decode(frame: Frame) -> Message:
+    """Turn a frame into its message.
+
+    Raises:
+        ProtocolError: The body is not what its kind says.
+    """
+    if frame.kind is Kind.CALL:
+        return Call(frame.body, frame.buffers)
+    if frame.kind is Kind.OUTCOME:
+        return Outcome(frame.body, frame.buffers, last=bool(frame.flags & LAST))
+    try:
+        values = json.loads(bytes(frame.body))
+        if frame.kind is Kind.BOOT:
+            values["setup_argument"] = bytes(frame.buffers[0])
+        message: Message = _CLASS_OF[frame.kind](**values)
+    except (ValueError, TypeError, IndexError) as exc:
+        raise ProtocolError(f"a {frame.kind.name} message cannot be read: {exc}") from exc
+    return message
+
+
+def expect(message: Message, expected: type[M]) -> M:
+    """Return the message if it is of the class that has to come now.
+
+    Raises:
+        ProtocolError: It is another one.
+    """
+    if not isinstance(message, expected):
+        raise ProtocolError(
+            f"{expected.__name__} was to come, but {type(message).__name__} came"
+        )
+    return message
+
+
+class FrameReader:
+    """Turns the bytes of one socket into frames.
+
+    The owner asks for `space`, puts bytes into it, and says how many with `received`. Small
+    frames are read together, a large body or buffer straight into the memory that it stays in.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._scratch = bytearray(SCRATCH_SIZE)
+        self._filled = 0
+        # The frame that is being read: its fixed part, its pieces that are whole, and the one
+        # that is not, which has outgrown the scratch.
+        self._head: tuple[Kind, int, list[int]] | None = None
+        self._pieces: list[Bytes] = []
+        self._target: memoryview | None = None
+        self._target_filled = 0
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a frame has begun that is not whole."""
+        return bool(self._filled or self._head)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are here, and bytes that the frame has, of body and buffers together."""
+        here = sum(_size(piece) for piece in self._pieces) + self._target_filled
+        return here, sum(self._head[2]) if self._head else 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        if self._target is not None:
+            return self._target[self._target_filled :]
+        return memoryview(self._scratch)[self._filled :]
+
+    def received(self, count: int) -> list[Frame]:
+        """Take note of ``count`` new bytes; return the frames that they complete.
+
+        Raises:
+            ProtocolError: The bytes are not a frame, or one beyond the limits.
+        """
+        if self._target is not None:
+            self._target_filled += count
+            if self._target_filled < len(self._target):
+                return []
+            self._pieces.append(self._target)
+            self._target, self._target_filled = None, 0
+        else:
+            self._filled += count
+        frames = []
+        used = 0
+        while (step := self._step(used)) is not None:
+            used, frame = step
+            if frame is not None:
+                frames.append(frame)
+        rest = self._filled - used
+        self._scratch[:rest] = self._scratch[used : self._filled]
+        self._filled = rest
+        return frames
+
+    def _step(self, used: int) -> tuple[int, Frame | None] | None:
+        """Go one step on in the scratch; None where it holds too little."""
+        if self._target is not None:
+            return None
+        if self._head is None:
+            return self._read_head(used)
+        kind, flags, lengths = self._head
+        if len(self._pieces) == len(lengths):
+            frame = Frame(kind, flags, self._pieces[0], self._pieces[1:])
+            self._head, self._pieces = None, []
+            return used, frame
+        return self._read_piece(used, lengths[len(self._pieces)])
+
+    def _read_head(self, used: int) -> tuple[int, None] | None:
+        available = self._filled - used
+        if available < HEADER.size:
+            return None
+        magic, version, number, flags, buffers, body = HEADER.unpack_from(self._scratch, used)
+        if magic != MAGIC or version != VERSION:
+            raise ProtocolError(f"not a frame of version {VERSION}: {magic!r}, {version}")
+        if number not in _CLASS_OF:
+            raise ProtocolError(f"no message has the number {number}")
+        limits = self._limits
+        if buffers > limits.buffers or body > limits.body:
+            raise ProtocolError(
+                f"a frame with a body of {body} bytes and {buffers} buffers is beyond the limits"
+            )
+        end = used + HEADER.size + buffers * LENGTH.size
+        if self._filled < end:
+            return None
+        lengths = [
+            LENGTH.unpack_from(self._scratch, offset)[0]
+            for offset in range(used + HEADER.size, end, LENGTH.size)
+        ]
+        if any(length > limits.buffer for length in lengths):
+            raise ProtocolError(f"a buffer of {max(lengths)} bytes is beyond the limits")
+        self._head = (Kind(number), flags, [body, *lengths])
+        return end, None
+
+    def _read_piece(self, used: int, length: int) -> tuple[int, None]:
+        available = self._filled - used
+        if length <= available:
+            self._pieces.append(bytes(memoryview(self._scratch)[used : used + length]))
+            return used + length, None
+        self._target = _allocate(length)
+        self._target[:available] = memoryview(self._scratch)[used : self._filled]
+        self._target_filled = available
+        return self._filled, None
+
+
+def _allocate(length: int) -> memoryview:
+    if length < MAPPED_FROM:
+        return memoryview(bytearray(length))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return memoryview(mmap.mmap(-1, length, flags=flags))
+
+
+def _size(data: Bytes) -> int:
+    return data.nbytes if isinstance(data, memoryview) else len(data)

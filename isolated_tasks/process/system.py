@@ -1,0 +1,338 @@
+"""The only module that knows which kernel this is.
+
+Each function is ordinary to call and says in its docstring what it does where the kernel lacks the
+feature. Features are looked for, not versions. `features` lists what is in force here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Iterable
+
+__all__ = [
+    "MAXRSS_UNIT_BYTES",
+    "arm_lifeline",
+    "child_exit",
+    "close_descriptors_except",
+    "crash_file",
+    "disarm_lifeline",
+    "features",
+    "is_closed_by_peer",
+    "open_pidfd",
+    "peer_uid",
+    "pidfd_exit_code",
+    "prefer_for_oom_kill",
+    "read_crash_file",
+    "reset_peak_rss",
+    "rss_bytes",
+    "signal_group",
+    "signal_pidfd_group",
+    "thread_count",
+    "uses_cuda",
+]
+
+IS_LINUX = sys.platform.startswith("linux")
+
+#: ``ru_maxrss`` counts KiB on Linux and FreeBSD, bytes on macOS (getrusage(2)).
+MAXRSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+# fcntl(2). Python names O_ASYNC and the F_ constants only where the C headers have them.
+_F_SETSIG: int | None = getattr(fcntl, "F_SETSIG", 10 if IS_LINUX else None)
+_F_SETOWN: int | None = getattr(fcntl, "F_SETOWN", 8 if IS_LINUX else None)
+_O_ASYNC: int | None = getattr(os, "O_ASYNC", 0o20000 if IS_LINUX else None)
+
+# linux/pidfd.h: _IOWR(0xFF, 11, struct pidfd_info) with the 64 bytes of its first version.
+_PIDFD_GET_INFO = 0xC040FF0B
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+_PIDFD_INFO_EXIT = 1 << 3
+# linux/pidfd.h, Linux 6.9.
+_PIDFD_SIGNAL_PROCESS_GROUP = 1 << 2
+
+
+# ── the lifeline ────────────────────────────────────────────────────────────────────────────────
+
+
+def arm_lifeline(descriptor: int, *, group: int) -> bool:
+    """Have the kernel kill a process group when the other end of a pipe is closed.
+
+    ``F_SETOWN`` names the group, ``F_SETSIG`` the signal and ``O_ASYNC`` asks for it whenever the
+    descriptor becomes readable, which closing the only writing end makes it (fcntl(2), "Signals").
+    Nobody's code runs for that, so it also takes a group that is stopped or stuck in C. Nothing may
+    ever be written to the pipe. The caller has to look at `is_closed_by_peer` afterwards: what
+    happened before the arming sends no signal.
+
+    Args:
+        descriptor: The reading end.
+        group: The process group, which has to be the caller's own or one it may signal.
+
+    Returns:
+        Whether the kernel does this; where not, the forkserver's watch over the control socket
+        is what ends the child of a dead requester.
+    """
+    if _F_SETSIG is None or _F_SETOWN is None or _O_ASYNC is None:
+        return False
+    try:
+        fcntl.fcntl(descriptor, _F_SETOWN, -group)
+        fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_ASYNC)
+    except OSError:
+        return False
+    return True
+
+
+def disarm_lifeline(descriptor: int) -> None:
+    """Take back what `arm_lifeline` asked for."""
+    if _O_ASYNC is not None:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_O_ASYNC)
+
+
+def is_closed_by_peer(descriptor: int) -> bool:
+    """Whether the other end of a pipe or socket is gone."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return any(
+        event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)
+    )
+
+
+# ── processes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends; None where there are none.
+
+    Linux 5.3 (pidfd_open(2)).
+    """
+    opener = getattr(os, "pidfd_open", None)
+    if opener is None:
+        return None
+    try:
+        descriptor: int = opener(pid)
+    except OSError:
+        return None
+    return descriptor
+
+
+def pidfd_exit_code(pidfd: int) -> int | None:
+    """The exit code of a process that somebody else has reaped; None where the kernel won't say.
+
+    Linux 6.15 (``PIDFD_GET_INFO`` with ``PIDFD_INFO_EXIT``).
+    """
+    request = bytearray(_PIDFD_INFO.size)
+    struct.pack_into("=Q", request, 0, _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, request)
+    except OSError:
+        return None
+    values = _PIDFD_INFO.unpack(request)
+    if not values[0] & _PIDFD_INFO_EXIT:
+        return None
+    return os.waitstatus_to_exitcode(values[-1])
+
+
+def signal_pidfd_group(pidfd: int, number: int) -> bool:
+    """Send a signal to the group that a process leads; False where that cannot be done.
+
+    Linux 6.9 (pidfd_send_signal(2), ``PIDFD_SIGNAL_PROCESS_GROUP``). For a process whose parent,
+    the forkserver, is dead: its number alone might by now be a stranger's.
+    """
+    sender = getattr(signal, "pidfd_send_signal", None)
+    if sender is None:
+        return False
+    try:
+        sender(pidfd, number, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+    except OSError:
+        return False
+    return True
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to a process group, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def child_exit() -> int | None:
+    """The pid of a child of ours that has exited, which stays unreaped; None if there is none.
+
+    Raises:
+        ChildProcessError: There are no children at all.
+    """
+    result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return result.si_pid if result is not None and result.si_pid else None
+
+
+def thread_count() -> int:
+    """Native threads of this process; 1 where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return 1
+
+
+def prefer_for_oom_kill(adjustment: int = 500) -> None:
+    """Have the kernel's out-of-memory killer take this process before those with less.
+
+    Raising the value needs no privilege (proc(5), ``oom_score_adj``). Does nothing elsewhere.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+b", buffering=0) as file:
+        current = int(file.read())
+        file.write(b"%d" % min(1000, max(current, 0) + adjustment))
+
+
+# ── memory ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def reset_peak_rss() -> bool:
+    """Let the high-water mark of this process begin at what it holds now.
+
+    A forked process starts with the mark of its parent, so that ``ru_maxrss`` would report the
+    forkserver's. Linux (proc(5), ``clear_refs``, value 5); elsewhere nothing happens.
+    """
+    try:
+        descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        os.write(descriptor, b"5")
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process, in bytes; 0 where the system does not tell."""
+    try:
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(descriptor, 256).split()[1]) * _PAGE_SIZE
+    finally:
+        os.close(descriptor)
+
+
+# ── descriptors ─────────────────────────────────────────────────────────────────────────────────
+
+
+def close_descriptors_except(keep: Iterable[int]) -> None:
+    """Close every descriptor of this process but these."""
+    start = 0
+    for descriptor in sorted(set(keep)):
+        # Never an empty range: close_range(2) takes the -1 that it ends with for all there are.
+        if start < descriptor:
+            os.closerange(start, descriptor)
+        start = descriptor + 1
+    os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+
+
+def crash_file() -> int:
+    """An unnamed file in memory, for what a process writes as it crashes.
+
+    memfd_create(2); elsewhere a temporary file that is unlinked at once.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("isolated_tasks-crash")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def read_crash_file(descriptor: int, limit: int = 64 * 1024) -> str:
+    """What the process wrote, at most the last ``limit`` bytes."""
+    size = os.fstat(descriptor).st_size
+    return os.pread(descriptor, limit, max(0, size - limit)).decode(errors="replace")
+
+
+def peer_uid(connection: socket.socket) -> int | None:
+    """The user id of the process at the other end of a Unix socket; None where nobody tells.
+
+    ``SO_PEERCRED`` (unix(7)). Elsewhere the private directory of the socket is the only guard.
+    """
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid
+
+
+def uses_cuda() -> bool:
+    """Whether this process has initialised CUDA.
+
+    CUDA opens ``/dev/nvidia-uvm`` when it is initialised and not when it is only loaded or asked
+    for the number of devices through NVML.
+    """
+    for descriptor in _listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/nvidia-uvm"):
+                return True
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    is_initialized = getattr(cuda, "is_initialized", None)
+    return bool(is_initialized and is_initialized())
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+# ── what is in force ────────────────────────────────────────────────────────────────────────────
+
+
+def features() -> dict[str, bool]:
+    """Which of the kernel's features were found, by name; for one log line at start."""
+    pidfd = open_pidfd(os.getpid())
+    try:
+        return {
+            "lifeline": _probe_lifeline(),
+            "pidfd": pidfd is not None,
+            "pidfd_group_signal": pidfd is not None and signal_pidfd_probe(pidfd),
+            "peer_credentials": hasattr(socket, "SO_PEERCRED"),
+            "peak_reset": os.access("/proc/self/clear_refs", os.W_OK),
+        }
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def signal_pidfd_probe(pidfd: int) -> bool:
+    """Whether the kernel knows the flag that `signal_pidfd_group` needs; signal 0 harms nobody."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+    except OSError as exc:
+        return exc.errno not in (errno.EINVAL, errno.ENOSYS)
+    return True
+
+
+def _probe_lifeline() -> bool:
+    if _F_SETSIG is None or _F_SETOWN is None or _O_ASYNC is None:
+        return False
+    reader, writer = os.pipe()
+    try:
+        # Our own group must not be named here: a mistake would be fatal. Asking what the kernel
+        # stored for a harmless signal is enough to know that it has the command.
+        fcntl.fcntl(reader, _F_SETSIG, signal.SIGIO)
+    except OSError:
+        return False
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return True
