@@ -15,7 +15,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["BodyCall", "Logs", "StackEntry", "UnknownTask", "describe_app", "load_app", "run"]
 
 logger = logging.getLogger(__name__)
+
+#: Where not to look for the app: `__main__` is another module in the forkserver, and Celery's own
+#: modules hold whichever app is current.
+_NOT_SEARCHED = frozenset({"__main__", "__mp_main__", "celery", "isolated_tasks"})
 
 #: The app that this forkserver or child has loaded.
 _app: Celery | None = None
@@ -57,7 +61,7 @@ def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
         "parts": _parts(app),
     }
     title = f"app {location}" if location else f"app {app.main or 'default'} (rebuilt)"
-    return title, pickling.dumps(description, pickler=byvalue.Pickler).body
+    return title, bytes(pickling.dumps(description, pickler=byvalue.Pickler).body)
 
 
 def load_app(argument: bytes) -> None:
@@ -112,9 +116,7 @@ def _location(app: Celery) -> str | None:
     """``module:attribute`` under which an import finds the app; None where there is none."""
     preferred = [app.main] if isinstance(app.main, str) else []
     for name in (*preferred, *sorted(sys.modules)):
-        # `__main__` is another module in the forkserver; Celery's own modules hold whichever
-        # app is current.
-        if name in ("__main__", "__mp_main__") or name.split(".")[0] in ("celery", "isolated_tasks"):
+        if name.split(".")[0] in _NOT_SEARCHED:
             continue
         module = sys.modules.get(name)
         if getattr(module, "__spec__", None) is None:
@@ -217,7 +219,7 @@ def run(call: BodyCall) -> Outcome:
     return outcome
 
 
-def _function(task: Any, call: BodyCall) -> Callable[..., Any]:
+def _function(task: Any, call: BodyCall) -> Any:
     """What the worker's tracer would call if the task were not isolated."""
     if call.directly:
         return task

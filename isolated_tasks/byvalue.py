@@ -51,7 +51,7 @@ def is_by_value(task: Task) -> bool:
     return type(task).__module__ == "__main__" or getattr(module, "__spec__", None) is None
 
 
-class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class Pickler(cloudpickle.Pickler):
     """Pickles tasks that cannot be imported, and the app, by name.
 
     Args:
@@ -73,10 +73,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """See ``pickle.Pickler.reducer_override``."""
-        if isinstance(obj, Task) and obj.name and (obj.name in self._unknown or is_by_value(obj)):
+        if isinstance(obj, Task) and obj.name:
+            # What a decorator leaves in a module is a proxy; the registry has the task itself.
             task = obj.app.tasks.get(obj.name, obj)
-            self.met[task.name] = task
-            return _task, (task.name,)
+            if task.name in self._unknown or is_by_value(task):
+                self.met[task.name] = task
+                return _task, (task.name,)
         if isinstance(obj, Celery):
             return _state.get_current_app, ()
         if isinstance(obj, LocalStack):

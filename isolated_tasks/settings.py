@@ -35,8 +35,11 @@ TASK_OPTIONS: dict[str, Any] = {
 _UNITS = {
     "": 1,
     "b": 1,
-    **{f"{prefix}{suffix}": 1000**power
-       for power, prefix in enumerate("kmgt", 1) for suffix in ("", "b")},
+    **{
+        f"{prefix}{suffix}": 1000**power
+        for power, prefix in enumerate("kmgt", 1)
+        for suffix in ("", "b")
+    },
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")

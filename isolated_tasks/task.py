@@ -38,12 +38,15 @@ class IsolatedMixin:
     A call runs in a child if a worker makes it, also one item of ``map``, ``starmap`` and
     ``chunks``. It runs in place, as `celery.Task` would run it, if the task is called as a plain
     function, by a task inside a child, or through ``apply()`` and ``task_always_eager`` (unless
-    ``isolated_eager`` is set). Options are attributes, so that Celery's own ways of setting them
-    work: ``@app.task(base=IsolatedTask, batch_size=20)``, a subclass, ``task_annotations``. One that
-    is None takes its default from ``app.conf``, under ``isolated_<option>``.
+    ``isolated_eager`` is set).
+
+    Options are attributes, so that Celery's own ways of setting them work:
+    ``@app.task(base=IsolatedTask, batch_size=20)``, a subclass, ``task_annotations``. One that is
+    None takes its default from ``app.conf``, under ``isolated_<option>``.
     """
 
-    #: False runs the body in the worker, as `celery.Task` does. Default: ``isolated_enabled``, True.
+    #: False runs the body in the worker, as `celery.Task` does. Default: ``isolated_enabled``,
+    #: else True.
     isolated: bool | None = None
     #: Calls that one process serves before it exits. Default: 1.
     batch_size: int | None = None
@@ -69,7 +72,7 @@ class IsolatedMixin:
         """Add the worker's bootstep to the app, and check the options of the task."""
         super().on_bound(app)  # type: ignore[misc]
         worker.install(app)
-        if cls.name:  # type: ignore[truthy-function]
+        if cls.name:
             settings.process_options(cls)  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,10 +94,11 @@ class IsolatedMixin:
             return _isolate(self, args, kwargs, stack=[(self, request)], directly=False)
         mapper = _state.get_current_task()
         if request is None and mapper is not None and mapper.name in _MAPPERS:
-            if not mapper.request.is_eager or settings.worker_settings(self.app).eager:
-                stack = [(mapper, mapper.request)]
-                return _isolate(self, args, kwargs, stack=stack, directly=True)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if mapper.request.is_eager and not settings.worker_settings(self.app).eager:
+                return self._run_in_place(request, args, kwargs)
+            stack = [(mapper, mapper.request)]
+            return _isolate(self, args, kwargs, stack=stack, directly=True)
+        return self._run_in_place(request, args, kwargs)
 
     def _run_in_place(
         self, request: Context | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -108,7 +112,7 @@ class IsolatedMixin:
         return around(*args, **kwargs)
 
 
-class IsolatedTask(IsolatedMixin, Task):  # type: ignore[misc]
+class IsolatedTask(IsolatedMixin, Task):
     """A Celery task whose body runs in a short-lived process: ``@app.task(base=IsolatedTask)``.
 
     See `IsolatedMixin` for when it does, and for the options.
@@ -192,7 +196,7 @@ def _pickle(task: IsolatedMixin, call: body.BodyCall, *, by_value: bool) -> pick
 
 
 def _take_over_children(app: Celery, request: Context, children: Sequence[Any]) -> None:
-    """Note the tasks that the body has launched where Celery looks for them: ``result.children``."""
+    """Note the tasks that the body has launched where Celery looks for ``result.children``."""
     if children:
         request.children.extend(result_from_tuple(child, app) for child in children)
 

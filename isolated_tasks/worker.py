@@ -46,7 +46,8 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.children = Children()
-        self.launcher: Launcher | None = None
+        #: By app: a test suite may have several, with a worker for each.
+        self.launchers: dict[Celery, Launcher] = {}
 
 
 _process = _Process()
@@ -71,7 +72,7 @@ def address(app: Celery) -> str:
     Raises:
         ForkserverError: This process needed one of its own, and it did not come up.
     """
-    launcher = _process.launcher
+    launcher = _process.launchers.get(app)
     if launcher is not None:
         # In threads, greenlets and solo the slots live with the launcher, and the event loop that
         # would replace a dead forkserver may be waiting for this very call.
@@ -86,7 +87,7 @@ def address(app: Celery) -> str:
 def _own_launcher(app: Celery) -> Launcher:
     """Start a forkserver for this process alone."""
     with _process.lock:
-        if _process.launcher is None:
+        if app not in _process.launchers:
             launcher = _launcher(app, hostname="")
             launcher.start()
             try:
@@ -94,17 +95,15 @@ def _own_launcher(app: Celery) -> Launcher:
             except ForkserverError:
                 launcher.stop()
                 raise
-            _process.launcher = launcher
-            atexit.register(_close, _process)
-        return _process.launcher
+            _process.launchers[app] = launcher
+            atexit.register(_close, app, _process)
+        return _process.launchers[app]
 
 
-def _close(process: _Process) -> None:
+def _close(app: Celery, process: _Process) -> None:
     if process is _process:
         process.children.close()
-        if process.launcher is not None:
-            process.launcher.stop()
-            process.launcher = None
+        process.launchers.pop(app).stop()
 
 
 def _launcher(app: Celery, hostname: str) -> Launcher:
@@ -136,7 +135,7 @@ def install(app: Celery) -> None:
     app.steps["worker"].add(IsolationStep)
 
 
-class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class IsolationStep(bootsteps.StartStopStep):
     """Starts the forkserver before the pool, replaces it if it dies, stops it last."""
 
     name = "isolation"
@@ -180,7 +179,7 @@ class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.launcher = _launcher(app, parent.hostname)
         self.launcher.start()
         os.environ[ADDRESS_VARIABLE] = f"{os.getpid()}:{self.launcher.address}"
-        _process.launcher = self.launcher
+        _process.launchers[app] = self.launcher
         # A pool process has one slot, and begins anew; all others are slots of this process.
         self._children = _process.children
         self._children.slots = max(1, parent.concurrency or 1)
@@ -204,7 +203,16 @@ class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except ForkserverError:
             self.stop(parent)
             raise
-        self._watch(parent)
+        if getattr(parent, "hub", None) is None:
+            self._timer = parent.timer.call_repeatedly(CHECK_SECONDS, self._check)
+
+    def register_with_event_loop(self, parent: WorkController, hub: Any) -> None:
+        """Be told by the event loop when a forkserver speaks or dies.
+
+        Called whenever the loop begins; it forgets its descriptors when the broker is lost.
+        """
+        self._watched.clear()
+        self._watch(hub, parent)
 
     def stop(self, parent: WorkController) -> None:
         """Stop the forkserver, and with it whatever children there are."""
@@ -214,10 +222,10 @@ class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self._children is not None:
             self._children.close()
         if self.launcher is not None:
-            self._unwatch(parent)
+            self._unwatch(getattr(parent, "hub", None))
             self.launcher.stop()
-            if _process.launcher is self.launcher:
-                _process.launcher = None
+            if _process.launchers.get(parent.app) is self.launcher:
+                del _process.launchers[parent.app]
                 os.environ.pop(ADDRESS_VARIABLE, None)
             self.launcher = None
 
@@ -225,19 +233,13 @@ class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     # ── watching ────────────────────────────────────────────────────────────────────────────────
 
-    def _watch(self, parent: WorkController) -> None:
-        hub = getattr(parent, "hub", None)
-        if hub is None:
-            self._timer = parent.timer.call_repeatedly(CHECK_SECONDS, self._check)
-            return
-        self._unwatch(parent)
-        assert self.launcher is not None
-        for descriptor in self.launcher.descriptors():
-            hub.add_reader(descriptor, self._on_readable, parent)
-            self._watched.add(descriptor)
+    def _watch(self, hub: Any, parent: WorkController) -> None:
+        if self.launcher is not None:
+            for descriptor in self.launcher.descriptors():
+                hub.add_reader(descriptor, self._on_readable, hub, parent)
+                self._watched.add(descriptor)
 
-    def _unwatch(self, parent: WorkController) -> None:
-        hub = getattr(parent, "hub", None)
+    def _unwatch(self, hub: Any) -> None:
         for descriptor in self._watched:
             hub.remove_reader(descriptor)
         self._watched.clear()
@@ -246,12 +248,12 @@ class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self.launcher is not None:
             self.launcher.check()
 
-    def _on_readable(self, parent: WorkController) -> None:
+    def _on_readable(self, hub: Any, parent: WorkController) -> None:
         # The descriptors change with the forkservers, and a closed one must not stay in the hub.
-        self._unwatch(parent)
+        self._unwatch(hub)
         if self.launcher is None:
             return
         wait = self.launcher.check()
-        self._watch(parent)
+        self._watch(hub, parent)
         if wait is not None:
-            self._timer = parent.timer.call_after(wait, self._on_readable, (parent,))
+            self._timer = parent.timer.call_after(wait, self._on_readable, (hub, parent))

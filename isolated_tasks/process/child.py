@@ -12,10 +12,7 @@ import faulthandler
 import gc
 import logging
 import os
-import random
-import select
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -29,9 +26,6 @@ from isolated_tasks.process.protocol import Boot, Spawn
 from isolated_tasks.process.transport import Channel
 
 __all__ = ["ExitCode", "Inherited", "is_child", "main"]
-
-# Bound here, before a preload gets the chance to replace it: gevent's own would run a hub in here.
-_poll = select.poll
 
 _is_child = False
 
@@ -69,7 +63,9 @@ def is_child() -> bool:
 
 
 def main(inherited: Inherited, spawn: Spawn, *, boot: Callable[[], None] | None = None) -> NoReturn:
-    """Live the whole life of a child. The duties, in order:
+    """Live the whole life of a child.
+
+    The duties, in order:
 
     1. lead a process group of its own (the forkserver does the same from its side);
     2. arm the lifeline, then look whether the requester is already gone;
@@ -144,8 +140,7 @@ def _handled_signals() -> list[signal.Signals]:
 
 
 def _reseed() -> None:
-    """Draw other random numbers than the sibling before."""
-    random.seed()
+    """Draw other random numbers than the sibling before; ``random`` does so by itself at a fork."""
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
@@ -167,8 +162,7 @@ class _Server:
     """Serves the calls of one batch."""
 
     def __init__(self, inherited: Inherited, spawn: Spawn, failure: Failure | None) -> None:
-        connection = socket.socket(fileno=inherited.call)
-        self._channel = Channel(connection, protocol.CALL_LIMITS, owned=False)
+        self._channel = Channel.adopt(inherited.call, protocol.CALL_LIMITS)
         self._spawn = spawn
         # Why no call can be run here: the app did not load.
         self._failure = failure
@@ -217,20 +211,15 @@ class _Server:
                 return None
             # A call that has begun to arrive is waited for: its requester is sending.
             patience = None if self._channel.reader.is_partial else timeout
-            if not self._wait(select.POLLIN, patience):
+            if not system.wait_for(self._channel.fileno(), timeout=patience):
                 return None
         return message
 
     def _send(self, message: protocol.Message) -> None:
         self._channel.send(message)
         while self._channel.wants_write:
-            self._wait(select.POLLOUT, None)
+            system.wait_for(self._channel.fileno(), system.POLL_WRITE)
             self._channel.flush()
-
-    def _wait(self, event: int, timeout: float | None) -> bool:
-        poll = _poll()
-        poll.register(self._channel.fileno(), event)
-        return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def _run(call: protocol.Call) -> Outcome:

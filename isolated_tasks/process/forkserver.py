@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -24,7 +22,7 @@ from isolated_tasks.process.protocol import Boot, Loaded, Spawn
 from isolated_tasks.process.transport import Channel
 from isolated_tasks.process.usage import Usage
 
-__all__ = ["interpreter", "main"]
+__all__ = ["main"]
 
 #: Signals that come to a whole terminal, session or control group. None of them is for the
 #: forkserver: it ends when the main process does, and children end when their requesters say so.
@@ -37,21 +35,14 @@ IGNORED_SIGNALS = (
     signal.SIGUSR2,
 )
 
-# Bound before a preload gets the chance to replace them: gevent's would run a hub in here.
-_poll = select.poll
-_socket = socket.socket
-
-_READ = select.POLLIN
-_WRITE = select.POLLOUT
-
-
-def interpreter(module: str) -> list[str]:
-    """The command that runs one of our modules as this interpreter would be run again."""
-    return [sys.executable, *subprocess._args_from_interpreter_flags(), "-m", module]  # type: ignore[attr-defined]
+_READ = system.POLL_READ
+_WRITE = system.POLL_WRITE
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Live the whole life of a forkserver. The duties, in order:
+    """Live the whole life of a forkserver.
+
+    The duties, in order:
 
     1. ignore the signals of terminals and groups; have a session of its own;
     2. close every descriptor that it was not given on purpose;
@@ -73,7 +64,9 @@ def main(arguments: list[str]) -> NoReturn:
     system.arm_lifeline(lifeline, group=os.getpid())
     if system.is_closed_by_peer(lifeline):
         os._exit(child.ExitCode.ORPHANED)
-    channel = Channel(_socket(fileno=status), protocol.STATUS_LIMITS, owned=False)
+    channel = Channel.adopt(status, protocol.STATUS_LIMITS)
+    # Before the preload, which may replace socket.socket.
+    listening = socket.socket(fileno=listener)
     boot = _receive_boot(channel)
     preload.adopt(boot)
     began = time.monotonic()
@@ -89,9 +82,9 @@ def main(arguments: list[str]) -> NoReturn:
         # If the main process is gone the loop notices at once.
         channel.send(report)
         while channel.wants_write:
-            _wait_for(channel.fileno(), _WRITE)
+            system.wait_for(channel.fileno(), _WRITE)
             channel.flush()
-    _Loop(_socket(fileno=listener), channel, lifeline, boot).run()
+    _Loop(listening, channel, lifeline, boot).run()
     os._exit(0)
 
 
@@ -106,14 +99,8 @@ def _receive_boot(channel: Channel) -> Boot:
     while (message := channel.receive()) is None:
         if channel.at_eof:
             os._exit(child.ExitCode.ORPHANED)
-        _wait_for(channel.fileno())
+        system.wait_for(channel.fileno())
     return protocol.expect(message, Boot)
-
-
-def _wait_for(descriptor: int, event: int = _READ) -> None:
-    poll = _poll()
-    poll.register(descriptor, event)
-    poll.poll()
 
 
 class _Connection:
@@ -129,9 +116,7 @@ class _Connection:
 class _Loop:
     """The forkserver's only loop."""
 
-    def __init__(
-        self, listener: socket.socket, status: Channel, lifeline: int, boot: Boot
-    ) -> None:
+    def __init__(self, listener: socket.socket, status: Channel, lifeline: int, boot: Boot) -> None:
         self._listener = listener
         self._status = status
         self._boot = boot
@@ -150,7 +135,7 @@ class _Loop:
         self._fork_process = os.fork if system.thread_count() == 1 else preload.fork_quietly
         self._connections: dict[int, _Connection] = {}
         self._by_pid: dict[int, _Connection] = {}
-        self._poll = _poll()
+        self._poll = system.poll()
         for descriptor in (listener.fileno(), status.fileno(), self._wakeup):
             self._poll.register(descriptor, _READ)
 
@@ -231,7 +216,9 @@ class _Loop:
                     f"with {len(descriptors)} descriptors"
                 )
             connection.was_used = True
-            self._start(connection, spawn, child.Inherited(*descriptors, keep=self._preloaded))
+            call, lifeline, crash = descriptors
+            inherited = child.Inherited(call, lifeline, crash, keep=self._preloaded)
+            self._start(connection, spawn, inherited)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -299,7 +286,7 @@ class _Loop:
             passed = (inherited.call, inherited.lifeline, inherited.crash, description)
             for descriptor in passed:
                 os.set_inheritable(descriptor, True)
-            command = interpreter("isolated_tasks.process.child")
+            command = system.interpreter("isolated_tasks.process.child")
             environment = {
                 **os.environ,
                 **spawn.env,
@@ -350,7 +337,7 @@ class _Loop:
         for pid in self._by_pid:
             system.signal_group(pid, signal.SIGKILL)
         while self._by_pid:
-            _wait_for(self._wakeup)
+            system.wait_for(self._wakeup)
             self._reap()
 
 

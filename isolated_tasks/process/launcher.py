@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 from isolated_tasks.errors import ForkserverError, ProtocolError
 from isolated_tasks.process import preload, protocol, system
-from isolated_tasks.process.forkserver import interpreter
 from isolated_tasks.process.protocol import Boot, Loaded
 from isolated_tasks.process.transport import Channel, Lifeline, own
 
@@ -77,6 +76,14 @@ class _Server:
         self.loaded: Loaded | None = None
         self.failures = 0
         self.not_before = 0.0
+
+    def hang_up(self) -> None:
+        """Close our ends, which is how a forkserver is told to stop."""
+        if self.channel is not None:
+            self.channel.close()
+        if self.lifeline is not None:
+            self.lifeline.close()
+        self.channel = self.lifeline = None
 
 
 class Launcher:
@@ -172,10 +179,7 @@ class Launcher:
                 return
             self._stopped = True
             for server in self._servers:
-                if server.channel is not None:
-                    server.channel.close()
-                if server.lifeline is not None:
-                    server.lifeline.close()
+                server.hang_up()
             for server in self._servers:
                 _wait_or_kill(server.pid)
                 server.pid = 0
@@ -195,7 +199,7 @@ class Launcher:
         # posix_spawn closes nothing by itself: what is inheritable is inherited. The forkserver
         # closes the rest as its second act.
         with theirs, _inheritable(passed):
-            command = interpreter("isolated_tasks.process.forkserver")
+            command = system.interpreter("isolated_tasks.process.forkserver")
             server.pid = os.posix_spawn(
                 command[0], [*command, *(str(descriptor) for descriptor in passed)], _environment()
             )
@@ -246,21 +250,18 @@ class Launcher:
             self._bury(server)
 
     def _bury(self, server: _Server) -> None:
-        assert server.channel is not None and server.lifeline is not None
-        server.channel.close()
-        server.lifeline.close()
-        server.channel = server.lifeline = None
+        server.hang_up()
         exit_code = _wait_or_kill(server.pid)
         if server.loaded is None:
             server.failures += 1
             delay = min(LAST_DELAY, FIRST_DELAY * 2 ** (server.failures - 1))
             server.not_before = time.monotonic() + delay
         logger.error(
-            "forkserver pid=%d died %s (exit code %s); %s",
+            "forkserver pid=%d died%s (exit code %s); calls under way carry on, new ones wait for "
+            "the next forkserver",
             server.pid,
-            "while it was loading" if server.loaded is None else "",
+            " while it was loading" if server.loaded is None else "",
             "unknown" if exit_code is None else exit_code,
-            "calls under way carry on, new ones wait for the next forkserver",
         )
         server.pid, server.loaded = 0, None
 
@@ -342,7 +343,9 @@ def _log_loaded(loaded: Loaded) -> None:
     for values in loaded.entries:
         entry = preload.Entry(**values)
         if entry.error is not None:
-            logger.error("forkserver pid=%d failed to load %s:\n%s", loaded.pid, entry.name, entry.error)
+            logger.error(
+                "forkserver pid=%d failed to load %s:\n%s", loaded.pid, entry.name, entry.error
+            )
         if entry.threads:
             logger.warning(
                 "forkserver pid=%d: loading %s left %d thread(s) running (%s), which no child "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -12,6 +11,9 @@ from isolated_tasks.errors import OptionError
 __all__ = ["ProcessOptions", "StartMethod"]
 
 StartMethod = Literal["forkserver", "spawn"]
+
+#: poll(2) and epoll_wait(2) count milliseconds in an int, which ends after 24 days.
+MAX_SECONDS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,8 @@ class ProcessOptions:
             self._refuse("batch_memory_limit_bytes", "must be a whole number above 0, or None")
         for option in ("batch_idle_timeout", "start_timeout", "exit_timeout"):
             if not _is_duration(getattr(self, option)):
-                self._refuse(option, "must be a number of seconds above 0")
-        if not isinstance(self.env, Mapping) or not all(
-            isinstance(name, str) and isinstance(value, str) and _is_variable(name, value)
-            for name, value in self.env.items()
-        ):
+                self._refuse(option, f"must be a number of seconds, above 0, up to {MAX_SECONDS}")
+        if not _is_environment(self.env):
             self._refuse("env", "must map names of variables to strings")
 
     def _refuse(self, option: str, rule: str) -> None:
@@ -71,15 +70,20 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_duration(value: object) -> bool:
-    # A timeval of the kernel takes neither nan nor infinity.
+    # Neither nan nor infinity is in there, which a timeval of the kernel does not take.
     return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_SECONDS
     )
 
 
-def _is_variable(name: str, value: str) -> bool:
-    # What setenv(3) and execve(2) cannot take.
+def _is_environment(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_variable(name, value) for name, value in value.items()
+    )
+
+
+def _is_variable(name: object, value: object) -> bool:
+    # setenv(3) and execve(2) cannot take others.
+    if not isinstance(name, str) or not isinstance(value, str):
+        return False
     return bool(name) and "=" not in name and "\0" not in name + value

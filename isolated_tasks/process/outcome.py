@@ -116,9 +116,7 @@ class Outcome:
         return self.value
 
 
-def _describe(
-    exc: BaseException, skip: types.FrameType | None, seen: set[int]
-) -> Failure:
+def _describe(exc: BaseException, skip: types.FrameType | None, seen: set[int]) -> Failure:
     seen.add(id(exc))
 
     def follow(other: BaseException | None) -> Failure | None:
@@ -189,7 +187,7 @@ def _put_together(cls: bytes, args: bytes, attributes: dict[str, bytes]) -> Base
 def _frames(
     traceback: types.TracebackType | None, skip: types.FrameType | None
 ) -> tuple[Frame, ...]:
-    entries = []
+    entries: list[types.TracebackType] = []
     while traceback is not None:
         if traceback.tb_frame is skip:
             entries.clear()
@@ -205,12 +203,14 @@ def _frame(entry: types.TracebackType) -> Frame:
     code = entry.tb_frame.f_code
     filename = code.co_filename
     # A file in <brackets> is in no other process's linecache.
-    source = linecache.getline(filename, entry.tb_lineno) if filename.startswith("<") else ""
+    # None where a code generator has left no positions.
+    lineno = entry.tb_lineno or code.co_firstlineno
+    source = linecache.getline(filename, lineno) if filename.startswith("<") else ""
     return Frame(
         filename=filename,
         function=code.co_name,
         module=entry.tb_frame.f_globals.get("__name__", "?"),
-        lineno=entry.tb_lineno,
+        lineno=lineno,
         position=_position(code, entry.tb_lasti),
         source=source or None,
     )
@@ -259,7 +259,8 @@ def _raised(frame: Frame) -> types.TracebackType:
         exec(code, {"__name__": frame.module, "__marker__": _Marker})
     except _Marker as marker:
         entry = marker.__traceback__
-        assert entry is not None and entry.tb_next is not None
+        assert entry is not None
+        assert entry.tb_next is not None
         return entry.tb_next
     raise AssertionError("a raise statement raised nothing")
 
@@ -273,5 +274,3 @@ def _remember_source(frame: Frame) -> None:
     text_size = sum(len(line) for line in lines)
     # A modification time of None tells linecache.checkcache to leave the entry alone.
     linecache.cache[frame.filename] = (text_size, None, lines, frame.filename)
-
-

@@ -106,9 +106,12 @@ def _guilty(
     path: str, value: object, error: BaseException, pickler: PicklerFactory
 ) -> tuple[str, object, BaseException]:
     """Go down to the innermost part that fails by itself."""
+    above: set[int] = set()
     for _ in range(MAX_DEPTH):
+        above.add(id(value))
         for step, part in _parts(value):
-            part_error = _try(part, pickler)
+            # What contains itself fails there too, and is not what is looked for.
+            part_error = None if id(part) in above else _try(part, pickler)
             if part_error is not None:
                 path, value, error = path + step, part, part_error
                 break

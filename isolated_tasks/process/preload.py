@@ -5,7 +5,6 @@ Runs in the forkserver and, for its set-up alone, in a spawned child.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import importlib
@@ -15,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from isolated_tasks.process import system
@@ -46,6 +45,10 @@ def adopt(boot: Boot) -> None:
     else:
         os.environ["PYTHONPATH"] = boot.python_path
     sys.path[:] = boot.sys_path
+    # Celery's commands import from the current directory, but take it out of the path again. It
+    # stays here: a body may start processes that have to find the app's modules for themselves.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     sys.argv[:] = boot.argv
 
 
@@ -58,8 +61,7 @@ def set_up(boot: Boot) -> None:
     if not boot.setup:
         return
     module, _, function = boot.setup.partition(":")
-    with _current_directory_importable():
-        getattr(importlib.import_module(module), function)(boot.setup_argument)
+    getattr(importlib.import_module(module), function)(boot.setup_argument)
 
 
 def load(boot: Boot) -> list[Entry]:
@@ -72,32 +74,15 @@ def load(boot: Boot) -> list[Entry]:
     if boot.setup:
         entries.append(_load_one(boot.setup_name, lambda: set_up(boot)))
     for module in boot.preload:
-        entries.append(_load_one(module, functools.partial(_import, module)))
+        entries.append(_load_one(module, functools.partial(importlib.import_module, module)))
+    # What is still in a buffer would be written again by every child.
+    sys.stdout.flush()
+    sys.stderr.flush()
     gc.collect()
     # A collection in the forkserver would do what the freeze prevents; a child turns it on again.
     gc.disable()
     gc.freeze()
     return entries
-
-
-def _import(module: str) -> None:
-    with _current_directory_importable():
-        importlib.import_module(module)
-
-
-@contextlib.contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """Import as Celery does: its commands look into the current directory, and only then."""
-    directory = os.getcwd()
-    if directory in sys.path:
-        yield
-        return
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(directory)
 
 
 def _load_one(name: str, action: Callable[[], object]) -> Entry:

@@ -35,9 +35,10 @@ import enum
 import json
 import mmap
 import struct
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from isolated_tasks.errors import ProtocolError
 
@@ -83,7 +84,7 @@ SPAWN_DESCRIPTORS = 3
 MAPPED_FROM = 256 * 1024
 
 #: What a reader takes in at once, and so the largest read that may hold several frames.
-SCRATCH_SIZE = 64 * 1024
+SCRATCH_SIZE = 16 * 1024
 
 Bytes = bytes | bytearray | memoryview
 
@@ -116,8 +117,9 @@ class Limits:
 CONTROL_LIMITS = Limits(body=4 << 20, buffers=0, buffer=0)
 #: Tracebacks of preloads, and the description of the app as a buffer.
 STATUS_LIMITS = Limits(body=16 << 20, buffers=1, buffer=64 << 20)
-#: As much as a machine may hold; a length beyond it is a broken peer.
-CALL_LIMITS = Limits(body=1 << 40, buffers=4096, buffer=1 << 40)
+#: As much as a machine may hold; a length beyond it is a broken peer. The lengths of all buffers
+#: have to fit into the scratch of a reader.
+CALL_LIMITS = Limits(body=1 << 40, buffers=1024, buffer=1 << 40)
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,7 @@ class Loaded:
     entries: list[dict[str, Any]]
 
 
-Message = (
-    Spawn | Signal | Started | Refused | Exited | Call | Accepted | Outcome | Boot | Loaded
-)
+Message = Spawn | Signal | Started | Refused | Exited | Call | Accepted | Outcome | Boot | Loaded
 
 _KIND_OF: dict[type, Kind] = {
     Spawn: Kind.SPAWN,
@@ -287,9 +287,31 @@ def decode(frame: Frame) -> Message:
         if frame.kind is Kind.BOOT:
             values["setup_argument"] = bytes(frame.buffers[0])
         message: Message = _CLASS_OF[frame.kind](**values)
-    except (ValueError, TypeError, IndexError) as exc:
+        _check_types(message)
+    except (ValueError, TypeError, IndexError, RecursionError) as exc:
         raise ProtocolError(f"a {frame.kind.name} message cannot be read: {exc}") from exc
     return message
+
+
+def _check_types(message: Message) -> None:
+    """Make sure that whoever acts on a message can rely on it: a forkserver must not die of one."""
+    for name, admitted in _TYPES_OF[type(message)].items():
+        if not isinstance(getattr(message, name), admitted):
+            raise TypeError(f"{name} is a {type(getattr(message, name)).__name__}")
+    if isinstance(message, Spawn) and not all(isinstance(v, str) for v in message.env.values()):
+        raise TypeError("env maps to something else than strings")
+
+
+def _admitted(hint: Any) -> tuple[type, ...]:
+    if hint is float:
+        return (int, float)
+    parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(get_origin(part) or part for part in parts)
+
+
+_TYPES_OF = {
+    cls: {name: _admitted(hint) for name, hint in get_type_hints(cls).items()} for cls in _KIND_OF
+}
 
 
 def expect(message: Message, expected: type[M]) -> M:
@@ -299,9 +321,7 @@ def expect(message: Message, expected: type[M]) -> M:
         ProtocolError: It is another one.
     """
     if not isinstance(message, expected):
-        raise ProtocolError(
-            f"{expected.__name__} was to come, but {type(message).__name__} came"
-        )
+        raise ProtocolError(f"{expected.__name__} was to come, but {type(message).__name__} came")
     return message
 
 

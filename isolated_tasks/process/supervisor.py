@@ -365,8 +365,7 @@ class Supervisor:
 
     def _refusal(self, refused: protocol.Refused) -> ForkserverError:
         return ForkserverError(
-            f"task {self.options.name!r}: the forkserver could not start a child: "
-            f"{refused.reason}",
+            f"task {self.options.name!r}: the forkserver could not start a child: {refused.reason}",
             {"address": self._address, "errno": refused.errno},
         )
 

@@ -14,9 +14,11 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "MAXRSS_UNIT_BYTES",
@@ -26,10 +28,12 @@ __all__ = [
     "crash_file",
     "disarm_lifeline",
     "features",
+    "interpreter",
     "is_closed_by_peer",
     "open_pidfd",
     "peer_uid",
     "pidfd_exit_code",
+    "poll",
     "prefer_for_oom_kill",
     "read_crash_file",
     "reset_peak_rss",
@@ -38,7 +42,13 @@ __all__ = [
     "signal_pidfd_group",
     "thread_count",
     "uses_cuda",
+    "wait_for",
 ]
+
+#: ``select.poll``, bound here before a preload gets the chance to replace it: gevent's own would
+#: run a hub in the forkserver. None in a worker that eventlet has patched, which takes it away;
+#: only forkserver and child use it.
+poll: Any = getattr(select, "poll", None)
 
 IS_LINUX = sys.platform.startswith("linux")
 
@@ -58,6 +68,32 @@ _PIDFD_INFO = struct.Struct("=QQ11Ii")
 _PIDFD_INFO_EXIT = 1 << 3
 # linux/pidfd.h, Linux 6.9.
 _PIDFD_SIGNAL_PROCESS_GROUP = 1 << 2
+
+
+# ── waiting, in a process that does nothing else meanwhile ──────────────────────────────────────
+
+# poll(2). Numbers, because eventlet takes some of the names away together with the function.
+POLL_READ = 0x001
+POLL_WRITE = 0x004
+POLL_CLOSED = 0x008 | 0x010 | 0x020
+
+
+def wait_for(
+    descriptor: int, event: int = POLL_READ, timeout: float | None = None
+) -> list[tuple[int, int]]:
+    """Block until something can be done with a descriptor.
+
+    Args:
+        descriptor: Which.
+        event: ``POLL_READ`` or ``POLL_WRITE``.
+        timeout: In seconds; None waits without end.
+
+    Returns:
+        What ``poll.poll`` returns: empty if the time was over.
+    """
+    poller = poll()
+    poller.register(descriptor, event)
+    return poller.poll(None if timeout is None else timeout * 1000)  # type: ignore[no-any-return]
 
 
 # ── the lifeline ────────────────────────────────────────────────────────────────────────────────
@@ -101,14 +137,16 @@ def disarm_lifeline(descriptor: int) -> None:
 
 def is_closed_by_peer(descriptor: int) -> bool:
     """Whether the other end of a pipe or socket is gone."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return any(
-        event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0)
-    )
+    return any(event & POLL_CLOSED for _, event in wait_for(descriptor, POLL_READ, 0))
 
 
 # ── processes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def interpreter(module: str) -> list[str]:
+    """The command that runs one of our modules as this interpreter would be run again."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *flags, "-m", module]
 
 
 def open_pidfd(pid: int) -> int | None:

@@ -26,6 +26,10 @@ _MAX_PIECES = 512
 
 _MSG_CMSG_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
+# Bound before a preload gets the chance to replace it: gevent's makes an event loop for itself.
+_Socket = socket.socket
+
+
 class Owned(Protocol):
     """Something that belongs to one process, and to no fork of it."""
 
@@ -107,6 +111,11 @@ class Channel:
         self.at_eof = False
         if owned:
             own(self)
+
+    @classmethod
+    def adopt(cls, descriptor: int, limits: Limits) -> Channel:
+        """A channel over an inherited descriptor, in a forkserver or a child."""
+        return cls(_Socket(fileno=descriptor), limits, owned=False)
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 when closed."""
