@@ -1,0 +1,177 @@
+"""Slots that run callables in children, and other processes that tests have to do with."""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import psutil
+
+from harness import marks
+from isolated_tasks.process import pickling
+from isolated_tasks.process.children import Children
+from isolated_tasks.process.options import ProcessOptions
+from isolated_tasks.process.outcome import Outcome
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Something that does not happen within this many seconds does not happen: a machine that is busy
+#: with other things needs some.
+PATIENCE = 30.0
+
+#: What was killed has to be gone after this many seconds.
+KILL_TIME = 5.0
+
+
+class Slot:
+    """What a pool process or a thread of a worker is to its children.
+
+    Args:
+        address: of the forkserver's socket.
+        slots: how many calls may run at a time.
+        options: of the processes.
+    """
+
+    def __init__(self, address: str, *, slots: int = 1, **options: Any) -> None:
+        self.address = address
+        self.children = Children(slots)
+        self.options = ProcessOptions(**{"name": "test", **options})
+
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run the function in a child; return its result, or raise what it raised."""
+        result: T = self.outcome(self.options, function, *args, **kwargs).result()
+        return result
+
+    def outcome(
+        self, options: ProcessOptions, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Outcome:
+        """Run the function in a child with these options."""
+        pickled = pickling.dumps((function, args, kwargs))
+        return self.children.call(pickled, options, lambda: self.address)
+
+    def close(self) -> None:
+        self.children.close()
+
+
+class Background:
+    """A call in a thread of its own: ``with Background(slot.run, body) as call: call.result()``."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._function = function
+        self._args = args
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Background":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "the call does not end"
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function(*self._args)
+        except BaseException as exc:
+            self._error = exc
+
+    def result(self) -> Any:
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "the call does not end"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Mailbox:
+    """Where processes tell the test something (`bodies.report`), whoever they belong to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / f"mailbox-{os.urandom(4).hex()}")
+        os.mkfifo(self.path)
+        # For writing too, so that it never ends.
+        self._descriptor = os.open(self.path, os.O_RDWR)
+        self._data = b""
+
+    def read(self) -> list[Any]:
+        """The next message, once it is there."""
+        while b"\n" not in self._data:
+            ready, _, _ = select.select([self._descriptor], [], [], PATIENCE)
+            assert ready, "nobody has reported"
+            self._data += os.read(self._descriptor, 65536)
+        line, self._data = self._data.split(b"\n", 1)
+        message: list[Any] = json.loads(line)
+        return message
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Word:
+    """Lets bodies wait for the test: `bodies.wait_for_word`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / f"word-{os.urandom(4).hex()}")
+        os.mkfifo(self.path)
+
+    def give(self, word: str = "go") -> None:
+        """Give it to one body; waits until that is there."""
+        with open(self.path, "w") as file:
+            file.write(word)
+
+
+@contextlib.contextmanager
+def program(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run ``python -m module`` with this process's import path; kill it at the end."""
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def alive(pids: Iterable[int]) -> set[int]:
+    """Those that can still do anything."""
+    return {process.pid for process in _processes(pids) if marks.is_alive(process)}
+
+
+def survivors(pids: Iterable[int]) -> set[int]:
+    """Those that are still alive when they have had time enough to go."""
+    return {process.pid for process in marks.wait(_processes(pids), timeout=KILL_TIME)}
+
+
+def wait_gone(pids: Iterable[int]) -> None:
+    """Wait for processes that end by themselves."""
+    left = marks.wait(_processes(pids), timeout=PATIENCE)
+    assert not left, f"still there: {[marks.describe(process) for process in left]}"
+
+
+def wait_status(pid: int, *statuses: str) -> None:
+    """Wait until a process of somebody else sleeps, is stopped, is a zombie."""
+    process = psutil.Process(pid)
+    # Nobody but its parent is told, so there is no event to wait for.
+    tick = threading.Event()
+    for _ in range(int(PATIENCE / 0.005)):
+        if process.status() in statuses:
+            return
+        tick.wait(0.005)
+    raise AssertionError(f"it never was {statuses}: {marks.describe(process)}")
+
+
+def _processes(pids: Iterable[int]) -> list[psutil.Process]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found
