@@ -104,6 +104,10 @@ def _adopt(app: Celery, description: dict[str, Any]) -> None:
     # Current and default app, finalised, and the patch by which calling a plain task in a body
     # behaves as it does in a worker.
     trace.setup_worker_optimizations(app, description["hostname"])
+    # Every child sets up logging, and many a body sends a task. Celery imports what that takes when
+    # it is first used; once here is cheaper than in each child. Neither opens anything.
+    _ = app.log
+    importlib.import_module(app.amqp_cls.partition(":")[0])
 
 
 def _parts(app: Celery) -> bytes:

@@ -125,8 +125,9 @@ def _reset_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
     # As in Celery's pool processes: the terminal's Ctrl-C is for the worker to act on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # As Python itself starts: a closed socket is an error, not the end.
+    # As Python itself starts: a closed socket, a file at its limit is an error, not the end.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import os
 import signal
 import socket
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> NoReturn:
     for descriptor in (listener, status, lifeline):
         os.set_inheritable(descriptor, False)
     _silence_stdin()
+    # Where a preload crashes, or is stuck until the launcher loses patience, is said on stderr.
+    faulthandler.enable()
     # A preload that is stuck in C cannot notice that the main process is gone; the kernel can.
     system.arm_lifeline(lifeline, group=os.getpid())
     if system.is_closed_by_peer(lifeline):

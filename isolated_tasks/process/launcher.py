@@ -152,9 +152,10 @@ class Launcher:
                 )
             left = deadline - time.monotonic()
             if left <= 0:
+                self._abort_loading()
                 raise ForkserverError(
                     f"the forkserver has not loaded the app and isolated_preload within "
-                    f"{timeout:g} s",
+                    f"{timeout:g} s (isolated_boot_timeout); its own output says where it is",
                     {"address": self.address},
                 )
             _wait(self.descriptors(), selectors.EVENT_READ, left)
@@ -187,6 +188,15 @@ class Launcher:
                 self._listener.close()
             if self._directory:
                 shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _abort_loading(self) -> None:
+        """Have the forkservers that still load write on stderr where they are, and end."""
+        for server in self._servers:
+            if server.loaded is None and server.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(server.pid, signal.SIGABRT)
+                # Until it is gone: what follows here would cut it short.
+                _wait(self.descriptors(), selectors.EVENT_READ, STOP_TIMEOUT)
 
     # ── one forkserver ──────────────────────────────────────────────────────────────────────────
 
@@ -257,11 +267,11 @@ class Launcher:
             delay = min(LAST_DELAY, FIRST_DELAY * 2 ** (server.failures - 1))
             server.not_before = time.monotonic() + delay
         logger.error(
-            "forkserver pid=%d died%s (exit code %s); calls under way carry on, new ones wait for "
-            "the next forkserver",
+            "forkserver pid=%d %s while it was %s; calls under way carry on, new ones wait for the "
+            "next forkserver",
             server.pid,
-            " while it was loading" if server.loaded is None else "",
-            "unknown" if exit_code is None else exit_code,
+            system.describe_exit(exit_code),
+            "loading" if server.loaded is None else "serving",
         )
         server.pid, server.loaded = 0, None
 

@@ -53,6 +53,7 @@ class Supervisor:
     """
 
     def __init__(self, address: str, options: ProcessOptions) -> None:
+        self._is_open = False
         self.options = options
         self.pid: int | None = None
         #: How the process ended; None while it lives, and where nobody could tell.
@@ -85,6 +86,12 @@ class Supervisor:
             self._selector.register(self._control.fileno(), selectors.EVENT_READ)
             self._selector.register(self._call.fileno(), selectors.EVENT_READ)
             if_it_fails.pop_all()
+        self._is_open = True
+
+    def __del__(self) -> None:
+        # An exception from outside (a signal handler's, a killed greenlet's) may have hit the owner
+        # between two of its lines.
+        self.close()
 
     def __repr__(self) -> str:
         return f"child pid={self.pid} task={self.options.name}"
@@ -181,6 +188,9 @@ class Supervisor:
 
     def close(self) -> None:
         """Give everything back; a child that still lives is killed."""
+        if not self._is_open:
+            return
+        self._is_open = False
         self._selector.close()
         self._lifeline.close()
         self._control.close()
@@ -337,7 +347,7 @@ class Supervisor:
         had_outcome = self._life.state in (State.READY, State.EXITING)
         self._life.handle(Event.EXITED)
         if had_outcome and exit_code not in (0, None) and not self._lifeline.is_cut:
-            logger.warning("%r %s after its last outcome", self, _ending(exit_code))
+            logger.warning("%r %s after its last outcome", self, system.describe_exit(exit_code))
 
     # ── verdicts ────────────────────────────────────────────────────────────────────────────────
 
@@ -373,7 +383,8 @@ class Supervisor:
         usage = self.usage
         crash_traceback = _only_theirs(system.read_crash_file(self._crash))
         here, whole = self._call.reader.progress
-        facts = [f"task {self.options.name!r}: child pid={self.pid} {_ending(self.exit_code)}"]
+        ending = system.describe_exit(self.exit_code)
+        facts = [f"task {self.options.name!r}: child pid={self.pid} {ending}"]
         facts.append(
             f"while it sent its outcome ({here} of {whole} bytes)"
             if self._call.reader.is_partial
@@ -393,7 +404,7 @@ class Supervisor:
                 "task": self.options.name,
                 "pid": self.pid,
                 "exit_code": self.exit_code,
-                "signal": _signal_name(self.exit_code),
+                "signal": system.signal_name(self.exit_code),
                 "started": True,
                 "peak_rss_bytes": usage.peak_rss_bytes if usage else None,
                 "user_seconds": usage.user_seconds if usage else None,
@@ -439,23 +450,3 @@ def _only_theirs(crash_traceback: str) -> str:
         for line in crash_traceback.splitlines(keepends=True)
         if not line.startswith((ours, '  File "<frozen runpy>"'))
     )
-
-
-def _signal_name(exit_code: int | None) -> str | None:
-    if exit_code is None or exit_code >= 0:
-        return None
-    try:
-        return signal.Signals(-exit_code).name
-    except ValueError:
-        return f"signal {-exit_code}"
-
-
-def _ending(exit_code: int | None) -> str:
-    name = _signal_name(exit_code)
-    if name == "SIGKILL":
-        return "was killed by SIGKILL, possibly by the kernel's out-of-memory killer,"
-    if name is not None:
-        return f"was killed by {name}"
-    if exit_code is None:
-        return "ended, nobody can tell how (the forkserver died before it),"
-    return f"ended itself with exit code {exit_code}"

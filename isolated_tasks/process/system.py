@@ -26,6 +26,7 @@ __all__ = [
     "child_exit",
     "close_descriptors_except",
     "crash_file",
+    "describe_exit",
     "disarm_lifeline",
     "features",
     "interpreter",
@@ -39,6 +40,7 @@ __all__ = [
     "reset_peak_rss",
     "rss_bytes",
     "signal_group",
+    "signal_name",
     "signal_pidfd_group",
     "thread_count",
     "uses_cuda",
@@ -201,6 +203,28 @@ def signal_group(group: int, number: int) -> None:
     """Send a signal to a process group, if it is still there."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+def signal_name(exit_code: int | None) -> str | None:
+    """The signal that ended a process, by name; None where none did."""
+    if exit_code is None or exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def describe_exit(exit_code: int | None) -> str:
+    """How a process ended, in words that follow its name."""
+    name = signal_name(exit_code)
+    if name == "SIGKILL":
+        return "was killed by SIGKILL, possibly by the kernel's out-of-memory killer,"
+    if name is not None:
+        return f"was killed by {name}"
+    if exit_code is None:
+        return "ended, nobody can tell how (its parent was not there to see it),"
+    return f"ended itself with exit code {exit_code}"
 
 
 def child_exit() -> int | None:
