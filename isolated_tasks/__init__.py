@@ -2,8 +2,9 @@
 
 The package has two wings, and imports point down only (a test says so)::
 
-    task        IsolatedTask: decides who runs a call, and where
     worker      the bootstep that starts and stops the forkserver
+    task        IsolatedTask: decides who runs a call, and where
+    requester   what the slots of a process share: children, and the way to a forkserver
     body        inside the child: rebuild task.request, run the body
     byvalue     tasks that the forkserver cannot import
     settings    task attributes and app.conf become options

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from celery import _state
 from celery.app import trace
-from celery.app.task import Context, Task
+from celery.app.task import Context
 
 from isolated_tasks import byvalue
 from isolated_tasks.errors import ForkserverError
@@ -215,28 +215,13 @@ def run(call: BodyCall) -> Outcome:
     frame = sys._getframe()
     with _stack(app, call.stack) as contexts:
         try:
-            outcome = Outcome(value=_function(task, call)(*call.args, **call.kwargs))
+            function = task if call.directly else task.callable_in_child()
+            outcome = Outcome(value=function(*call.args, **call.kwargs))
         except BaseException as exc:
             outcome = Outcome(failure=Failure.of(exc, skip=frame))
     children = [child.as_tuple() for child in contexts[-1]._children or ()]
     outcome.notes["children"] = children
     return outcome
-
-
-def _function(task: Any, call: BodyCall) -> Any:
-    """What the worker's tracer would call if the task were not isolated."""
-    if call.directly:
-        return task
-    # A base class with a __call__ of its own (an app context of Flask, a session) goes around
-    # the body, here where the body is. Celery's own only looks after the stacks.
-    from isolated_tasks.task import IsolatedMixin
-
-    around = super(IsolatedMixin, task).__call__
-    if around.__func__ is Task.__call__:
-        return task.run
-    # It ends in Celery's own, which runs the body on the stacks that are there, once.
-    task.request_stack.top._protected = 0
-    return around
 
 
 @contextlib.contextmanager

@@ -134,8 +134,9 @@ def _bytes(task: str | None, option: str, value: object) -> int:
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         unit = _UNITS.get(match[2].lower()) if match else None
-        if match and unit and float(match[1]) > 0:
-            return int(float(match[1]) * unit)
+        size = int(float(match[1]) * unit) if match and unit else 0
+        if size > 0:
+            return size
     raise _refusal(
         task, option, value, "must be a number of bytes above 0, or a size such as '512MiB'"
     )

@@ -12,7 +12,7 @@ from celery import _state
 from celery.app.task import Task
 from celery.result import result_from_tuple
 
-from isolated_tasks import body, byvalue, settings, worker
+from isolated_tasks import body, byvalue, requester, settings
 from isolated_tasks.errors import OutOfMemoryError, RemoteError
 from isolated_tasks.process import child, pickling
 from isolated_tasks.process.options import StartMethod
@@ -71,7 +71,8 @@ class IsolatedMixin:
     def on_bound(cls, app: Celery) -> None:
         """Add the worker's bootstep to the app, and check the options of the task."""
         super().on_bound(app)  # type: ignore[misc]
-        worker.install(app)
+        # By its name, and as often as one likes: it is a set.
+        app.steps["worker"].add("isolated_tasks.worker:IsolationStep")
         if cls.name:
             settings.process_options(cls)  # type: ignore[arg-type]
 
@@ -99,6 +100,19 @@ class IsolatedMixin:
             stack = [(mapper, mapper.request)]
             return _isolate(self, args, kwargs, stack=stack, directly=True)
         return self._run_in_place(request, args, kwargs)
+
+    def callable_in_child(self) -> Callable[..., Any]:
+        """What Celery's tracer would call, in the worker, if the task were not isolated.
+
+        A base class with a ``__call__`` of its own (an app context of Flask, a session) goes around
+        the body, so it is called where the body is.
+        """
+        around: Any = super().__call__  # type: ignore[misc]
+        if around.__func__ is Task.__call__:
+            return self.run
+        # It ends in Celery's own, which runs the body on the stacks that are there, once.
+        self.request_stack.top._protected = 0
+        return around  # type: ignore[no-any-return]
 
     def _run_in_place(
         self, request: Context | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -164,8 +178,8 @@ def _plain(request: Context) -> dict[str, Any]:
 
 def _run(task: IsolatedMixin, call: body.BodyCall) -> Outcome:
     options = settings.process_options(task)
-    children = worker.children()
-    address = functools.partial(worker.address, task.app)
+    children = requester.children()
+    address = functools.partial(requester.address, task.app)
     known_by_value = byvalue.is_by_value(task)
     pickled = _pickle(task, call, by_value=known_by_value)
     outcome = children.call(pickled, options, address)

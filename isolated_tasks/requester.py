@@ -1,0 +1,131 @@
+"""What the slots of a process share: its children, and the way to a forkserver.
+
+A worker's main process has one launcher, made by its bootstep. The slots find the forkserver
+through the environment, whether they are threads or greenlets of the main process, or pool
+processes that were forked or spawned from it. A process without a worker (``isolated_eager``) gets
+a launcher of its own when it first needs one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from celery import signals
+
+from isolated_tasks import body, settings
+from isolated_tasks.errors import ForkserverError
+from isolated_tasks.process.children import Children
+from isolated_tasks.process.launcher import Launcher, Plan
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["address", "announce", "children", "new_launcher", "withdraw"]
+
+#: ``<pid of the main process>:<path of the socket>``. The pid tells a pool process of that worker
+#: from any other program that happens to be started below it and inherits the environment.
+ADDRESS_VARIABLE = "ISOLATED_TASKS_ADDRESS"
+
+
+class _Process:
+    """The state of this process; a forked one begins anew."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.children = Children()
+        #: By app: a test suite may have several, with a worker for each.
+        self.launchers: dict[Celery, Launcher] = {}
+
+
+_process = _Process()
+
+
+def _begin_anew() -> None:
+    global _process
+    _process = _Process()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
+def children() -> Children:
+    """The children of this process."""
+    return _process.children
+
+
+def address(app: Celery) -> str:
+    """Where this process finds a forkserver.
+
+    Raises:
+        ForkserverError: This process needed one of its own, and it did not come up.
+    """
+    launcher = _process.launchers.get(app)
+    if launcher is not None:
+        # In threads, greenlets and solo the slots live with the launcher, and the event loop that
+        # would replace a dead forkserver may be waiting for this very call.
+        launcher.check()
+        return launcher.address
+    owner, _, path = os.environ.get(ADDRESS_VARIABLE, "").partition(":")
+    if path and owner == str(os.getppid()):
+        return path
+    return _own_launcher(app).address
+
+
+def announce(app: Celery, launcher: Launcher) -> None:
+    """Have the slots of this worker, in this process and in pool processes, use a launcher."""
+    os.environ[ADDRESS_VARIABLE] = f"{os.getpid()}:{launcher.address}"
+    _process.launchers[app] = launcher
+
+
+def withdraw(app: Celery, launcher: Launcher) -> None:
+    """Take `announce` back."""
+    if _process.launchers.get(app) is launcher:
+        del _process.launchers[app]
+        os.environ.pop(ADDRESS_VARIABLE, None)
+
+
+def _own_launcher(app: Celery) -> Launcher:
+    """Start a forkserver for this process alone."""
+    with _process.lock:
+        if app not in _process.launchers:
+            launcher = new_launcher(app, hostname="")
+            launcher.start()
+            try:
+                launcher.wait_loaded(settings.worker_settings(app).boot_timeout)
+            except ForkserverError:
+                launcher.stop()
+                raise
+            _process.launchers[app] = launcher
+            atexit.register(_close, app, _process)
+        return _process.launchers[app]
+
+
+def _close(app: Celery, process: _Process) -> None:
+    if process is _process:
+        process.children.close()
+        process.launchers.pop(app).stop()
+
+
+def new_launcher(app: Celery, *, hostname: str) -> Launcher:
+    """A launcher, not yet started, for forkservers that load this app."""
+    chosen = settings.worker_settings(app)
+    title, argument = body.describe_app(app, hostname)
+    return Launcher(
+        Plan(
+            preload=chosen.preload,
+            setup="isolated_tasks.body:load_app",
+            setup_name=title,
+            setup_argument=argument,
+            count=chosen.forkservers,
+        )
+    )
+
+
+@signals.worker_process_shutdown.connect
+def _close_pool_process(**_: Any) -> None:
+    # A pool process ends by os._exit, which would cut the lifelines of children in their exit
+    # hooks.
+    children().close()
