@@ -207,6 +207,8 @@ class _Loop:
 
     def _obey(self, connection: _Connection, message: protocol.Message) -> None:
         if isinstance(message, protocol.Signal):
+            if message.signal not in signal.valid_signals():
+                raise ProtocolError(f"there is no signal {message.signal}")
             if connection.pid is not None:
                 system.signal_group(connection.pid, message.signal)
             return
@@ -244,8 +246,11 @@ class _Loop:
                 pid = self._spawn(spawn, inherited)
             else:
                 pid = self._fork(spawn, inherited)
-        except OSError as exc:
-            connection.channel.send(protocol.Refused(os.strerror(exc.errno or 0), exc.errno))
+        except (OSError, ValueError) as exc:
+            # ValueError: the environment holds what execve(2) cannot take.
+            code = exc.errno if isinstance(exc, OSError) else None
+            reason = os.strerror(code) if code else str(exc)
+            connection.channel.send(protocol.Refused(reason, code))
             return
         with contextlib.suppress(OSError):
             # On both sides of the fork: whoever comes first, nobody signals a group that is not

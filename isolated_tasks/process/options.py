@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -85,5 +86,9 @@ def _is_environment(value: object) -> bool:
 def _is_variable(name: object, value: object) -> bool:
     # setenv(3) and execve(2) cannot take others.
     if not isinstance(name, str) or not isinstance(value, str):
+        return False
+    try:
+        os.fsencode(name + value)
+    except UnicodeEncodeError:
         return False
     return bool(name) and "=" not in name and "\0" not in name + value

@@ -167,10 +167,29 @@ def open_pidfd(pid: int) -> int | None:
 
 
 def pidfd_exit_code(pidfd: int) -> int | None:
-    """The exit code of a process that somebody else has reaped; None where the kernel won't say.
+    """The exit code of a process that has ended and is not ours to reap; None where nobody tells.
 
-    Linux 6.15 (``PIDFD_GET_INFO`` with ``PIDFD_INFO_EXIT``).
+    proc(5) tells it until its new parent has reaped it, and Linux 6.15 afterwards.
     """
+    code = _zombie_exit_code(pidfd)
+    return _reaped_exit_code(pidfd) if code is None else code
+
+
+def _zombie_exit_code(pidfd: int) -> int | None:
+    """``/proc/PID/stat``, field 52; None where the process has been reaped."""
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as file:
+            pid = next((line.split()[1] for line in file if line.startswith("Pid:")), "-1")
+        with open(f"/proc/{pid}/stat") as file:
+            # From field 3 on, the state: the name before it may hold anything.
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == "Z" else None
+
+
+def _reaped_exit_code(pidfd: int) -> int | None:
+    """``PIDFD_GET_INFO`` with ``PIDFD_INFO_EXIT``; None where the process is there, or unknown."""
     request = bytearray(_PIDFD_INFO.size)
     struct.pack_into("=Q", request, 0, _PIDFD_INFO_EXIT)
     try:

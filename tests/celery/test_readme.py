@@ -41,8 +41,7 @@ def _command(number: int) -> list[str]:
 
 
 def test_the_quickstart_works_as_printed(project: Path) -> None:
-    worker_command, log_line, call_command = (_block("Use", "", n) for n in range(3))
-    assert worker_command.startswith("celery ") and call_command.startswith("python ")
+    log_line = _block("Use", "", 1)
     environment = {**os.environ, "C_FORCE_ROOT": "1"}
     worker = subprocess.Popen(
         _command(0),

@@ -180,10 +180,13 @@ def fork_and_the_copy_raises() -> tuple[str, int]:
 
 def leave_a_daemon(mailbox: str, code: int) -> NoReturn:
     """Exit while a grandchild in a session of its own holds all our descriptors."""
+    reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
+        os.write(writer, b"x")
         report(mailbox, os.getpid())
         _pause()
+    os.read(reader, 1)  # until it has left our group, which will be killed
     os._exit(code)
 
 
@@ -239,6 +242,11 @@ def report_wait_and_leave(mailbox: str, fifo: str, code: int) -> None:
     if code < 0:
         kill_myself(-code)
     os._exit(code)
+
+
+def report_wait_and_leave_a_daemon(mailbox: str, fifo: str) -> NoReturn:
+    report_and_wait(mailbox, fifo)
+    leave_a_daemon(mailbox, 3)
 
 
 # ── what a child is ─────────────────────────────────────────────────────────────────────────────
@@ -341,7 +349,7 @@ def say(out: str, err: str) -> None:
 def siblings() -> int:
     """Living children of the forkserver, this one included."""
     count = 0
-    for name in os.listdir("/proc"):
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat") as file:
                 state, parent = file.read().rpartition(")")[2].split()[:2]
@@ -409,6 +417,14 @@ def meet_in_a_pool(method: str, fifo: str) -> list[int]:
 
     with multiprocessing.get_context(method).Pool(2) as pool:
         return pool.starmap(meet, [(fifo, 0), (fifo, 1)], chunksize=1)
+
+
+def leave_a_pool() -> list[int]:
+    import multiprocessing
+
+    pool = multiprocessing.get_context("fork").Pool(2)
+    held.append(pool)
+    return [process.pid for process in pool._pool]  # type: ignore[attr-defined]
 
 
 def meet_in_an_executor(method: str, fifo: str) -> list[int]:

@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -78,6 +79,10 @@ class Background:
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the call does not end"
 
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             self._result = self._function(*self._args)
@@ -141,20 +146,31 @@ def program(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def alive(pids: Iterable[int]) -> set[int]:
-    """Those that can still do anything."""
-    return {process.pid for process in _processes(pids) if marks.is_alive(process)}
+def survivors(pids: Iterable[int], *, timeout: float = KILL_TIME) -> set[int]:
+    """Those that are still alive when they have had time enough to go.
+
+    A zombie is not: orphans are reaped by init, whenever it likes.
+    """
+    deadline = time.monotonic() + timeout
+    return {pid for pid in pids if not _has_ended(pid, deadline)}
 
 
-def survivors(pids: Iterable[int]) -> set[int]:
-    """Those that are still alive when they have had time enough to go."""
-    return {process.pid for process in marks.wait(_processes(pids), timeout=KILL_TIME)}
+def _has_ended(pid: int, deadline: float) -> bool:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        ready, _, _ = select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))
+        return bool(ready)
+    finally:
+        os.close(pidfd)
 
 
 def wait_gone(pids: Iterable[int]) -> None:
     """Wait for processes that end by themselves."""
-    left = marks.wait(_processes(pids), timeout=PATIENCE)
-    assert not left, f"still there: {[marks.describe(process) for process in left]}"
+    left = survivors(pids, timeout=PATIENCE)
+    assert not left, f"still there: {left}"
 
 
 def wait_status(pid: int, *statuses: str) -> None:
@@ -167,11 +183,3 @@ def wait_status(pid: int, *statuses: str) -> None:
             return
         tick.wait(0.005)
     raise AssertionError(f"it never was {statuses}: {marks.describe(process)}")
-
-
-def _processes(pids: Iterable[int]) -> list[psutil.Process]:
-    found = []
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(psutil.Process(pid))
-    return found

@@ -269,12 +269,16 @@ def start_worker(
     loglevel: str = "INFO",
     args: Sequence[str] = (),
 ) -> Worker:
-    """Start a worker for the app in `module`; it may not be ready yet."""
+    """Start a worker for the app in `module`, which may be the path of a script that runs it.
+
+    The worker may not be ready yet.
+    """
     mark = f"worker-{os.urandom(6).hex()}"
     search_path = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
     name = f"{mark}@localhost"
     options, _ = pool_arguments(pool)
-    command = [sys.executable, "-m", "celery", "-A", module, "worker", "-n", name]
+    program = [module] if module.endswith(".py") else ["-m", "celery", "-A", module]
+    command = [sys.executable, *program, "worker", "-n", name]
     command += [*options, "-c", str(concurrency), "-l", loglevel]
     command += ["--without-heartbeat", "--without-gossip", "--without-mingle", *args]
     return Worker(

@@ -1,0 +1,253 @@
+"""Whatever ends a requester ends its child and its grandchildren too."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from subprocess import Popen
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+import pytest
+
+from harness import bodies
+from harness.processes import (
+    Background,
+    Mailbox,
+    Slot,
+    Word,
+    program,
+    survivors,
+    wait_gone,
+    wait_status,
+)
+from isolated_tasks.process.launcher import Launcher
+
+MakeSlot = Callable[..., Slot]
+NewLauncher = Callable[..., Launcher]
+
+#: What a process that hangs looks like from outside.
+STATUS = {
+    "asleep": psutil.STATUS_SLEEPING,
+    "spinning": psutil.STATUS_RUNNING,
+    "stuck in C": psutil.STATUS_SLEEPING,
+    "stopped": psutil.STATUS_STOPPED,
+}
+
+
+def test_every_way_to_hang_is_tried() -> None:
+    assert set(STATUS) == set(bodies.HANGING)
+
+
+@pytest.fixture(params=["with the forkserver", "without the forkserver"])
+def launcher(request: pytest.FixtureRequest, new_launcher: NewLauncher) -> Iterator[Launcher]:
+    """A forkserver; where it is to be without, `bereave` kills it."""
+    launcher = new_launcher(preload=["harness.bodies"])
+    launcher.dies = request.param.startswith("without")  # type: ignore[attr-defined]
+    yield launcher
+
+
+def bereave(launcher: Launcher) -> None:
+    """Kill the forkserver where the test is to do without; nobody replaces it."""
+    if launcher.dies:  # type: ignore[attr-defined]
+        (pid,) = launcher.pids()
+        os.kill(pid, signal.SIGKILL)
+        wait_gone([pid])
+
+
+@pytest.mark.parametrize("how", bodies.HANGING)
+def test_a_killed_requester_takes_its_child_and_grandchildren_along(
+    launcher: Launcher, mailbox: Mailbox, how: str
+) -> None:
+    with program("harness.requester", launcher.address, mailbox.path, how) as requester:
+        pids = mailbox.read()
+        wait_status(pids[0], STATUS[how])
+        bereave(launcher)
+        if how != "stopped":
+            # The kernel ends (SIGHUP) a group that has lost its last parent while one of it is
+            # stopped; see setpgid(2), "orphaned process group".
+            assert survivors(pids, timeout=0) == set(pids)
+
+        requester.kill()
+
+        assert survivors(pids) == set()
+
+
+def test_a_group_that_is_stopped_goes_as_a_whole(launcher: Launcher, mailbox: Mailbox) -> None:
+    with program("harness.requester", launcher.address, mailbox.path, "asleep") as requester:
+        pids = mailbox.read()
+        os.killpg(pids[0], signal.SIGSTOP)
+        for pid in pids:
+            wait_status(pid, psutil.STATUS_STOPPED)
+        bereave(launcher)
+
+        requester.kill()
+
+        assert survivors(pids) == set()
+
+
+def test_a_copy_of_the_requester_does_not_keep_its_child_alive(
+    launcher: Launcher, mailbox: Mailbox
+) -> None:
+    with program(
+        "harness.requester", launcher.address, mailbox.path, "asleep", "--copy"
+    ) as requester:
+        # The copy and the child report in any order.
+        messages = sorted([mailbox.read(), mailbox.read()], key=len)
+        (copy,), pids = messages
+        bereave(launcher)
+        try:
+            requester.kill()
+
+            assert survivors(pids) == set()
+            assert survivors([copy], timeout=0) == {copy}
+        finally:
+            os.kill(copy, signal.SIGKILL)
+
+
+def test_a_requester_that_is_killed_before_its_child_is_born_leaves_none(
+    new_launcher: NewLauncher, mailbox: Mailbox
+) -> None:
+    launcher = new_launcher(preload=["harness.bodies"])
+    (forkserver,) = launcher.pids()
+    os.kill(forkserver, signal.SIGSTOP)
+    wait_status(forkserver, psutil.STATUS_STOPPED)
+    with program("harness.requester", launcher.address, mailbox.path, "asleep") as requester:
+        # Once it has asked, it sleeps.
+        _wait_connected(launcher.address)
+        wait_status(requester.pid, psutil.STATUS_SLEEPING)
+        requester.kill()
+        requester.wait()
+
+    os.kill(forkserver, signal.SIGCONT)
+    slot = Slot(launcher.address)
+
+    # It was asked first, so that a child of the dead one would have been there before this one.
+    assert slot.run(bodies.siblings) == 1
+    slot.close()
+
+
+def _wait_connected(address: str) -> None:
+    """Wait until somebody waits for the forkserver to accept a connection."""
+    tick = threading.Event()
+    for _ in range(6000):
+        # unix(7): each connection is listed under the address of the listener; st 03 is connected,
+        # and the first line is the listener itself.
+        with open("/proc/net/unix") as file:
+            if sum(line.rstrip().endswith(address) for line in file) > 1:
+                return
+        tick.wait(0.005)
+    raise AssertionError("nobody connects")
+
+
+# ── requesters that live ────────────────────────────────────────────────────────────────────────
+
+
+class Interrupted(Exception):
+    """What a signal handler raises in the middle of a wait, as Celery's time limits do."""
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Raises `Interrupted` in the main thread."""
+
+    def handler(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_exception_that_ends_the_wait_kills_the_child(
+    *, launcher: Launcher, mailbox: Mailbox, interrupt: Callable[[], None], make_slot: MakeSlot
+) -> None:
+    slot = make_slot(address=launcher.address)
+    pids: list[int] = []
+
+    def wait_and_interrupt() -> None:
+        pids.extend(mailbox.read())
+        bereave(launcher)
+        interrupt()
+
+    with Background(wait_and_interrupt), pytest.raises(Interrupted):
+        slot.run(bodies.hang, mailbox.path, "stuck in C")
+
+    assert survivors(pids) == set()
+    launcher.check()
+    assert slot.run(abs, -1) == 1
+
+
+def test_an_exception_while_a_large_argument_is_sent_leaves_no_child(
+    *, new_launcher: NewLauncher, interrupt: Callable[[], None], make_slot: MakeSlot
+) -> None:
+    launcher = new_launcher(preload=["harness.bodies"])
+    (forkserver,) = launcher.pids()
+    os.kill(forkserver, signal.SIGSTOP)
+    wait_status(forkserver, psutil.STATUS_STOPPED)
+    slot = make_slot(address=launcher.address)
+
+    def wait_and_interrupt() -> None:
+        _wait_connected(launcher.address)
+        interrupt()
+
+    with Background(wait_and_interrupt), pytest.raises(Interrupted):
+        slot.run(len, bytes(50 << 20))
+    os.kill(forkserver, signal.SIGCONT)
+
+    assert slot.run(bodies.siblings) == 1
+
+
+def test_the_lifeline_of_one_child_is_not_that_of_another(
+    make_slot: MakeSlot, forkserver: Launcher, mailbox: Mailbox, word: Word
+) -> None:
+    slot = make_slot()
+    with Background(slot.run, bodies.report_and_wait, mailbox.path, word.path) as call:
+        (pid,) = mailbox.read()
+        with program("harness.requester", forkserver.address, mailbox.path, "asleep") as other:
+            pids = mailbox.read()
+            other.kill()
+            assert survivors(pids) == set()
+        word.give("done")
+
+        assert call.result() == (pid, "done")
+
+
+# ── the main process ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ending", ["call", "preload"])
+def test_a_killed_main_process_takes_its_forkserver_and_all_children_along(
+    mailbox: Mailbox, ending: str
+) -> None:
+    with program("harness.owner", mailbox.path, ending) as owner:
+        forkserver, directory = mailbox.read()
+        pids = [forkserver, *mailbox.read()]
+        assert os.path.isdir(directory)
+
+        owner.kill()
+
+        assert survivors(pids) == set()
+    if ending == "call":
+        assert not os.path.exists(directory)
+    else:
+        # A forkserver that is stuck in C cannot clear up. The name is never used again.
+        for name in os.listdir(directory):
+            os.unlink(os.path.join(directory, name))
+        os.rmdir(directory)
+
+
+def test_a_main_process_that_leaves_without_a_word_leaves_nothing_behind(mailbox: Mailbox) -> None:
+    with program("harness.owner", mailbox.path, "exit") as owner:
+        forkserver, directory = mailbox.read()
+
+        assert _exit_code(owner) == 0
+
+        wait_gone([forkserver])
+    assert not os.path.exists(directory)
+
+
+def _exit_code(process: "Popen[str]") -> int:
+    process.communicate(timeout=30)
+    return process.returncode

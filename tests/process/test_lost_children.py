@@ -1,0 +1,187 @@
+"""A child that ends without an outcome: its call fails, says how, and harms nobody else."""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from harness import bodies
+from harness.processes import Mailbox, Slot, survivors
+from isolated_tasks.errors import ChildLostError, ProtocolError
+
+MakeSlot = Callable[..., Slot]
+
+
+def lose(slot: Slot, body: Callable[..., object], *args: object) -> ChildLostError:
+    """Run a body that does not come back, and another one that does."""
+    with pytest.raises(ChildLostError) as caught:
+        slot.run(body, *args)
+    assert slot.run(abs, -1) == 1
+    return caught.value
+
+
+# ── how it ended ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 255])
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_a_body_that_exits_is_lost_with_its_exit_code(
+    make_slot: MakeSlot, start_method: str, code: int
+) -> None:
+    error = lose(make_slot(start_method=start_method), bodies.leave, code)
+
+    assert (error.exit_code, error.signal) == (code, None)
+    assert f"exit code {code}" in str(error)
+
+
+def test_a_body_that_becomes_another_program_is_lost(slot: Slot) -> None:
+    error = lose(slot, bodies.become, "/bin/true")
+
+    assert (error.exit_code, error.signal) == (0, None)
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_a_crash_in_c_is_named_with_the_frames_of_the_body_and_none_of_ours(
+    make_slot: MakeSlot, start_method: str
+) -> None:
+    error = lose(make_slot(start_method=start_method), bodies.crash_in_c)
+
+    assert (error.exit_code, error.signal) == (-signal.SIGSEGV, "SIGSEGV")
+    assert re.search(r'bodies\.py", line \d+ in crash_in_c', error.crash_traceback)
+    assert "isolated_tasks" not in error.crash_traceback
+    assert "SIGSEGV" in str(error)
+    assert error.crash_traceback in str(error)
+
+
+def test_an_abort_is_named(slot: Slot) -> None:
+    error = lose(slot, bodies.abort)
+
+    assert error.signal == "SIGABRT"
+    assert " in abort" in error.crash_traceback
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU])
+def test_a_signal_is_named_and_leaves_no_crash_traceback(slot: Slot, number: signal.Signals) -> None:
+    error = lose(slot, bodies.kill_myself, number)
+
+    assert (error.exit_code, error.signal) == (-number, number.name)
+    assert error.crash_traceback == ""
+
+
+def test_a_realtime_signal_has_a_name_of_its_own(slot: Slot) -> None:
+    number = signal.SIGRTMIN + 3
+
+    assert lose(slot, bodies.kill_myself, number).signal == f"signal {number}"
+
+
+def test_of_a_kill_nobody_claims_to_know_the_reason(slot: Slot) -> None:
+    assert "possibly" in str(lose(slot, bodies.kill_myself, signal.SIGKILL))
+
+
+def test_the_error_says_whose_child_it_was_and_what_it_used(make_slot: MakeSlot) -> None:
+    error = lose(make_slot(name="tasks.render"), bodies.hold_and_leave, 200 << 20)
+
+    assert error.task == "tasks.render"
+    assert error.started is True
+    assert error.pid is not None
+    assert error.pid != os.getpid()
+    assert error.peak_rss_bytes is not None
+    assert 200 << 20 < error.peak_rss_bytes < 400 << 20
+    assert error.user_seconds is not None
+    assert error.system_seconds is not None
+    assert error.user_seconds + error.system_seconds > 0
+    for part in ("tasks.render", f"pid={error.pid}", "MiB"):
+        assert part in str(error)
+
+
+def test_the_peak_is_the_child_s_own_and_not_that_of_one_before(slot: Slot) -> None:
+    lose(slot, bodies.hold_and_leave, 200 << 20)
+
+    assert (lose(slot, bodies.leave, 0).peak_rss_bytes or 0) < 150 << 20
+
+
+# ── when it ended ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_child_killed_half_way_through_its_result_is_lost_and_the_bytes_are_told(
+    slot: Slot,
+) -> None:
+    error = lose(slot, bodies.die_while_sending, 200 << 20)
+
+    assert error.signal == "SIGKILL"
+    here, whole = map(int, re.findall(r"\((\d+) of (\d+) bytes\)", str(error))[0])
+    assert 0 < here < whole
+    assert whole > 200 << 20
+
+
+def test_a_child_that_dies_before_it_has_read_a_large_argument_is_lost(slot: Slot) -> None:
+    # It is loaded in the child, and that is what kills it, with nothing of the array read.
+    class Deadly:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[int]]:
+            return bodies.leave, (3,)
+
+    error = lose(slot, bodies.echo, Deadly(), bytes(50 << 20))
+
+    assert error.exit_code == 3
+
+
+def test_a_result_that_kills_while_it_is_pickled_is_a_lost_child(slot: Slot) -> None:
+    class Deadly:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[int]]:
+            os._exit(4)
+
+    assert lose(slot, lambda: Deadly()).exit_code == 4
+
+
+def test_a_body_that_closes_all_descriptors_is_lost_and_not_waited_for(slot: Slot) -> None:
+    assert lose(slot, bodies.close_all_descriptors).exit_code not in (None, 0)
+
+
+# ── other processes of the body ─────────────────────────────────────────────────────────────────
+
+
+def test_a_grandchild_that_holds_the_call_socket_open_does_not_delay_the_verdict(
+    slot: Slot, mailbox: Mailbox
+) -> None:
+    error = lose(slot, bodies.leave_a_daemon, mailbox.path, 3)
+
+    (daemon,) = mailbox.read()
+    try:
+        assert error.exit_code == 3
+    finally:
+        os.kill(daemon, signal.SIGKILL)
+        assert survivors([daemon]) == set()
+
+
+def test_grandchildren_go_with_their_child(slot: Slot) -> None:
+    pids = slot.run(bodies.leave_grandchildren)
+    slot.close()
+
+    assert survivors(pids) == set()
+
+
+@pytest.mark.parametrize("body", [bodies.fork_and_both_return, bodies.fork_and_the_copy_raises])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_copy_of_the_child_that_comes_back_into_our_code_says_nothing_and_ends(
+    make_slot: MakeSlot, body: Callable[[], tuple[str, int]], batch_size: int
+) -> None:
+    slot = make_slot(batch_size=batch_size)
+
+    assert slot.run(body) == ("original", 0)
+    assert slot.run(body) == ("original", 0)
+
+
+# ── noise ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_garbage_on_stdout_and_stderr_is_no_outcome(slot: Slot) -> None:
+    assert slot.run(bodies.write_garbage) == "fine"
+
+
+def test_garbage_on_the_call_socket_fails_its_own_call(slot: Slot) -> None:
+    with pytest.raises(ProtocolError):
+        slot.run(bodies.talk_nonsense)
+
+    assert slot.run(abs, -1) == 1

@@ -1,0 +1,94 @@
+"""What a process may be asked for, and what not."""
+
+import math
+from typing import Any
+
+import pytest
+
+from isolated_tasks.errors import OptionError
+from isolated_tasks.process.options import ProcessOptions
+
+NEVER_A_DURATION = [0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf, True, "5", None, [], 1e300, 1e10]
+
+BAD: list[tuple[str, Any]] = [
+    *(("start_method", value) for value in ["fork", "", None, 1, "Spawn", [], b"spawn"]),
+    *(("batch_size", value) for value in [0, -1, 1.5, 2.0, "2", None, True, math.inf]),
+    *(("batch_memory_limit_bytes", value) for value in [0, -1, 1.5, "1GiB", True]),
+    *(("batch_idle_timeout", value) for value in NEVER_A_DURATION),
+    *(("start_timeout", value) for value in NEVER_A_DURATION),
+    *(("exit_timeout", value) for value in NEVER_A_DURATION),
+    *(
+        ("env", value)
+        for value in [
+            None,
+            "A=1",
+            ["A"],
+            [("A", "1")],
+            {"A": 1},
+            {"A": None},
+            {"A": b"1"},
+            {1: "1"},
+            {b"A": "1"},
+            {"": "1"},
+            {"A=B": "1"},
+            {"A\0": "1"},
+            {"A": "\0"},
+            {"A": "\ud800"},
+            {"\ud800": "1"},
+        ]
+    ),
+]
+
+GOOD: list[tuple[str, Any]] = [
+    *(("start_method", value) for value in ["forkserver", "spawn"]),
+    *(("batch_size", value) for value in [1, 20, 10**6]),
+    *(("batch_memory_limit_bytes", value) for value in [None, 1, 2**40]),
+    *(
+        (name, value)
+        for name in ("batch_idle_timeout", "start_timeout", "exit_timeout")
+        for value in [0.001, 1, 5.0, 7 * 24 * 3600]
+    ),
+    *(("env", value) for value in [{}, {"A": ""}, {"A": "b=c", "Ü": "\udc80"}]),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD, ids=repr)
+def test_a_bad_value_is_refused_and_task_option_and_value_are_named(
+    option: str, value: Any
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        ProcessOptions(**{"name": "tasks.render", option: value})
+
+    error = caught.value
+    assert (error.task, error.option, error.value) == ("tasks.render", option, repr(value))
+    for part in ("tasks.render", option, repr(value)):
+        assert part in str(error)
+
+
+@pytest.mark.parametrize(("option", "value"), GOOD, ids=repr)
+def test_a_good_value_is_kept(option: str, value: Any) -> None:
+    options = ProcessOptions(**{"name": "tasks.render", option: value})
+
+    assert getattr(options, option) == value
+
+
+def test_the_defaults_are_those_of_the_docs() -> None:
+    assert ProcessOptions("x") == ProcessOptions(
+        name="x",
+        start_method="forkserver",
+        batch_size=1,
+        batch_idle_timeout=5.0,
+        batch_memory_limit_bytes=None,
+        env={},
+        start_timeout=60.0,
+        exit_timeout=5.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("name", "y"), ("batch_size", 3), ("env", {"A": "1"}), ("start_method", "spawn")],
+)
+def test_options_that_differ_in_anything_are_not_equal(option: str, value: Any) -> None:
+    # Equal options are what allows two calls to share a batch process.
+    assert ProcessOptions("x") != ProcessOptions(**{"name": "x", option: value})

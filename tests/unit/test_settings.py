@@ -1,0 +1,280 @@
+"""Task attributes and app.conf become options; nothing else converts units."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from isolated_tasks import IsolatedMixin, IsolatedTask, OptionError
+from isolated_tasks.process.options import ProcessOptions
+from isolated_tasks.settings import (
+    TASK_OPTIONS,
+    WorkerSettings,
+    is_isolated,
+    process_options,
+    worker_settings,
+)
+
+MakeTask = Callable[..., Any]
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    with Celery("settings", set_as_current=False) as app:
+        yield app
+
+
+@pytest.fixture
+def make_task(app: Celery) -> MakeTask:
+    """A task of the app with these attributes, bound."""
+
+    def make(**attributes: Any) -> Any:
+        # shared: or every app that is finalised later would get it as well.
+        @app.task(name="tasks.render", shared=False, **{"base": IsolatedTask, **attributes})
+        def render() -> None: ...
+
+        return app.tasks["tasks.render"]
+
+    return make
+
+
+def refusal(action: Callable[[], object]) -> OptionError:
+    with pytest.raises(OptionError) as caught:
+        action()
+    error = caught.value
+    for part in (error.option, error.value, error.task or "app.conf"):
+        assert part in str(error)
+    return error
+
+
+# ── where a value comes from ────────────────────────────────────────────────────────────────────
+
+#: Each option of a process, with what its attribute is called there, and two values for it.
+VALUES: list[tuple[str, str, Any, Any]] = [
+    ("batch_size", "batch_size", 7, 8),
+    ("batch_idle_timeout", "batch_idle_timeout", 0.5, 2.0),
+    ("batch_memory_limit", "batch_memory_limit_bytes", 1000, 2000),
+    ("start_method", "start_method", "spawn", "forkserver"),
+    ("env", "env", {"A": "1"}, {"B": "2"}),
+]
+
+
+def test_the_defaults_are_those_of_the_process_options(make_task: MakeTask) -> None:
+    assert process_options(make_task()) == ProcessOptions("tasks.render")
+
+
+def test_every_option_of_a_task_is_an_attribute_of_the_base_class() -> None:
+    assert all(name in vars(IsolatedMixin) for name in TASK_OPTIONS)
+    assert {name for name, *_ in VALUES} | {"isolated"} == set(TASK_OPTIONS)
+
+
+@pytest.mark.parametrize(("option", "attribute", "value", "_"), VALUES)
+def test_an_option_of_the_decorator_is_used(
+    make_task: MakeTask, option: str, attribute: str, value: Any, _: Any
+) -> None:
+    assert getattr(process_options(make_task(**{option: value})), attribute) == value
+
+
+@pytest.mark.parametrize(("option", "attribute", "value", "_"), VALUES)
+def test_an_attribute_of_a_base_class_is_used(
+    make_task: MakeTask, option: str, attribute: str, value: Any, _: Any
+) -> None:
+    base = type("Base", (IsolatedTask,), {option: value, "abstract": True})
+
+    assert getattr(process_options(make_task(base=base)), attribute) == value
+
+
+@pytest.mark.parametrize(("option", "attribute", "value", "_"), VALUES)
+def test_a_setting_of_the_app_is_used_where_the_task_says_nothing(
+    app: Celery, make_task: MakeTask, option: str, attribute: str, value: Any, _: Any
+) -> None:
+    app.conf[f"isolated_{option}"] = value
+
+    assert getattr(process_options(make_task()), attribute) == value
+
+
+@pytest.mark.parametrize(("option", "attribute", "value", "other"), VALUES)
+def test_the_task_s_own_value_goes_before_the_app_s(
+    app: Celery, make_task: MakeTask, option: str, attribute: str, value: Any, other: Any
+) -> None:
+    app.conf[f"isolated_{option}"] = other
+
+    assert getattr(process_options(make_task(**{option: value})), attribute) == value
+
+
+@pytest.mark.parametrize(("option", "attribute", "value", "other"), VALUES)
+@pytest.mark.parametrize("pattern", ["tasks.render", "*"])
+def test_an_annotation_goes_before_the_task_s_own_value(
+    *, app: Celery, make_task: MakeTask, option: str, attribute: str, value: Any, other: Any, pattern: str
+) -> None:
+    app.conf.task_annotations = {pattern: {option: value}}
+
+    assert getattr(process_options(make_task(**{option: other})), attribute) == value
+
+
+def test_isolation_is_switched_off_by_the_task_or_by_the_app(
+    app: Celery, make_task: MakeTask
+) -> None:
+    task = make_task()
+    assert is_isolated(task)
+
+    app.conf.isolated_enabled = False
+    assert not is_isolated(task)
+
+    task.isolated = True
+    assert is_isolated(task)
+
+    task.isolated = False
+    app.conf.isolated_enabled = True
+    assert not is_isolated(task)
+
+
+def test_celery_s_own_tasks_are_never_isolated() -> None:
+    app = Celery("own", set_as_current=False, task_cls=IsolatedTask)
+
+    chord_part = app.tasks["celery.accumulate"]
+
+    assert isinstance(chord_part, IsolatedTask)
+    assert not is_isolated(chord_part)
+
+
+# ── sizes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, 1),
+        (2**40, 2**40),
+        ("1", 1),
+        ("512", 512),
+        ("512B", 512),
+        ("1k", 1000),
+        ("1kB", 1000),
+        ("1KiB", 1024),
+        ("1M", 10**6),
+        ("1MB", 10**6),
+        ("512MiB", 512 * 2**20),
+        ("512 mib", 512 * 2**20),
+        ("  2 GB  ", 2 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("0.5KiB", 512),
+        ("2T", 2 * 10**12),
+        ("2TiB", 2 * 2**40),
+    ],
+)
+def test_a_size_is_read_in_the_units_that_people_write(
+    make_task: MakeTask, size: int | str, expected: int
+) -> None:
+    assert process_options(make_task(batch_memory_limit=size)).batch_memory_limit_bytes == expected
+
+
+# ── bad values ──────────────────────────────────────────────────────────────────────────────────
+
+BAD: list[tuple[str, Any]] = [
+    *(
+        ("batch_memory_limit", value)
+        for value in [
+            *(0, -1, 1.5, True, b"1GiB", [1], math.inf),
+            *("", "big", "1 PiB", "1iB", "-1GiB", "1e9", "1.GiB", "GiB", "0", "0MiB", "0.1B", "1 GiB x"),
+        ]
+    ),
+    *(("batch_size", value) for value in [0, -1, 1.5, "2", True]),
+    *(("batch_idle_timeout", value) for value in [0, -1, math.nan, math.inf, "5", True]),
+    *(("start_method", value) for value in ["fork", "", 1]),
+    *(("env", value) for value in ["A=1", ["A"], [("A", "1")], {"A": 1}, {"A=": "1"}]),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD, ids=repr)
+def test_a_bad_value_of_a_task_gives_one_error_that_names_all(
+    app: Celery, make_task: MakeTask, option: str, value: Any
+) -> None:
+    task = make_task()
+    setattr(task, option, value)
+
+    error = refusal(lambda: process_options(task))
+
+    assert (error.task, error.option, error.value) == ("tasks.render", option, repr(value))
+
+
+@pytest.mark.parametrize(("option", "value"), BAD, ids=repr)
+def test_a_bad_value_of_the_app_is_refused_too(
+    app: Celery, make_task: MakeTask, option: str, value: Any
+) -> None:
+    task = make_task()
+    app.conf[f"isolated_{option}"] = value
+
+    error = refusal(lambda: process_options(task))
+
+    assert error.value == repr(value)
+
+
+def test_a_bad_value_is_refused_when_the_task_is_made(app: Celery) -> None:
+    with pytest.raises(OptionError, match=r"tasks.render.*batch_size=0"):
+
+        @app.task(name="tasks.render", shared=False, base=IsolatedTask, batch_size=0, lazy=False)
+        def render() -> None: ...
+
+
+# ── the app's own settings ──────────────────────────────────────────────────────────────────────
+
+
+def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
+    assert worker_settings(app) == WorkerSettings(
+        preload=(), forkservers=1, eager=False, boot_timeout=120.0, start_timeout=60.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "attribute", "expected"),
+    [
+        ("isolated_preload", ["a", "b.c"], "preload", ("a", "b.c")),
+        ("isolated_preload", ("a",), "preload", ("a",)),
+        ("isolated_preload", "a, b.c d", "preload", ("a", "b.c", "d")),
+        ("isolated_preload", "", "preload", ()),
+        ("isolated_forkservers", 3, "forkservers", 3),
+        ("isolated_eager", True, "eager", True),
+        ("isolated_boot_timeout", 7, "boot_timeout", 7.0),
+        ("isolated_start_timeout", 0.5, "start_timeout", 0.5),
+    ],
+)
+def test_a_setting_of_the_worker_is_read(
+    app: Celery, setting: str, value: Any, attribute: str, expected: Any
+) -> None:
+    app.conf[setting] = value
+
+    assert getattr(worker_settings(app), attribute) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("isolated_preload", value) for value in [7, None, [7], {"a": 1}, b"a", [None]]),
+        *(("isolated_forkservers", value) for value in [0, -1, 1.0, "2", True, None]),
+        *(
+            (setting, value)
+            for setting in ("isolated_boot_timeout", "isolated_start_timeout")
+            for value in [0, -1, "60", None, True, math.nan, math.inf, 1e300]
+        ),
+    ],
+    ids=repr,
+)
+def test_a_bad_setting_of_the_worker_gives_one_error_that_names_it(
+    app: Celery, setting: str, value: Any
+) -> None:
+    app.conf[setting] = value
+
+    error = refusal(lambda: worker_settings(app))
+
+    assert (error.task, error.option, error.value) == (None, setting, repr(value))
+
+
+def test_the_start_timeout_of_the_app_is_that_of_its_processes(
+    app: Celery, make_task: MakeTask
+) -> None:
+    app.conf.isolated_start_timeout = 7
+
+    assert process_options(make_task()).start_timeout == 7.0
