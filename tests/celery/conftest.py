@@ -1,8 +1,10 @@
 """Real workers on real brokers."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from celery import Celery
 
 from harness.app import Settings, close_app, make_app
+from harness.processes import Mailbox, Word
 from harness.services import delete_amqp_entities, delete_redis_keys
 from harness.worker import POOLS, Worker, pool_arguments, start_worker
 
@@ -24,7 +27,8 @@ class Workplace:
     """Starts the workers and client apps of one test, all under one unique name, and clears up.
 
     Args:
-        request: of the test; the servers are started when they are first asked for.
+        request: of the test, or of the fixture that several tests share; the servers are started
+            when they are first asked for.
         folder: the working directory of the workers.
     """
 
@@ -32,10 +36,14 @@ class Workplace:
         self.name = f"test-{os.urandom(6).hex()}"
         self._request = request
         self._folder = folder
-        self._workers = request.node.stash.setdefault(WORKERS, [])
+        self._workers: list[Worker] = []
+        request.node.stash[WORKERS] = self._workers
         self._apps: dict[str, Celery] = {}
         self._cleanup = ExitStack()
         self._used: set[str] = set()
+        #: The workers' temporary folder. Not in `folder`, whose name is long: the path of a Unix
+        #: socket may have 107 bytes.
+        self.temporary = Path(tempfile.mkdtemp(prefix="it-"))
 
     def settings(self, *, broker: str, backend: str, conf: Mapping[str, Any]) -> Settings:
         """Settings for `broker` ("redis", "amqp") and `backend` ("redis", "rpc", or a URL)."""
@@ -72,11 +80,11 @@ class Workplace:
         _, pool_conf = pool_arguments(pool)
         settings = self.settings(broker=broker, backend=backend, conf={**pool_conf, **(conf or {})})
         worker = start_worker(
-            module,
+            str(APPS / module) if module.endswith(".py") else module,
             pool=pool,
             concurrency=concurrency,
             app=self.app(settings),
-            env={**settings.environ(), **(env or {})},
+            env={**settings.environ(), "TMPDIR": str(self.temporary), **(env or {})},
             path=[APPS, SUPPORT],
             cwd=self._folder,
             loglevel=loglevel,
@@ -88,9 +96,12 @@ class Workplace:
         return worker
 
     def close(self) -> list[str]:
-        """Stop all; return a line for each process that a worker left."""
+        """Stop all; return a line for each process or temporary file that a worker left."""
         with self._cleanup:
-            return [line for worker in self._workers for line in worker.close()]
+            left = [line for worker in self._workers for line in worker.close()]
+        left += [f"file {path}" for path in sorted(self.temporary.rglob("*"))]
+        shutil.rmtree(self.temporary)
+        return left
 
     def _url(self, service: str) -> str:
         if service == "redis":
@@ -113,20 +124,57 @@ def _clear_amqp(url: str, name: str) -> None:
 CLEARED_BY = {"redis": delete_redis_keys, "amqp": _clear_amqp}
 
 
+@contextmanager
+def _opened(request: pytest.FixtureRequest, folder: Path) -> Iterator[Workplace]:
+    workplace = Workplace(request, folder)
+    try:
+        yield workplace
+    finally:
+        left = workplace.close()
+    if left:
+        pytest.fail("a worker left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def open_workplace(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], AbstractContextManager[Workplace]]:
+    """For workers that several tests of a module share: ``with open_workplace() as workplace:``."""
+    return lambda: _opened(request, tmp_path_factory.mktemp("workplace"))
+
+
 @pytest.fixture
-def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+def workplace(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workplace]:
+    """Where the workers of this test are; see `worker`."""
+    with _opened(request, tmp_path) as workplace:
+        yield workplace
+
+
+@pytest.fixture
+def worker(workplace: Workplace) -> Callable[..., Worker]:
     """A function that starts a worker, stopped after the test; see `Workplace.start`.
 
     `worker("plain", pool="threads", concurrency=2, broker="amqp", backend="redis", conf={...})`
     starts a worker for the app in tests/celery/apps/plain.py and returns it when it is ready.
     `conf` are Celery settings, `env` variables and `args` options of `celery worker`. All workers
-    of one test share one queue.
+    of one test share one queue. An app that is a script, and runs the worker itself, is started as
+    `worker("script.py")`.
     """
-    workplace = Workplace(request, tmp_path)
-    yield workplace.start
-    left = workplace.close()
-    if left:
-        pytest.fail("a worker left behind:\n  " + "\n  ".join(left), pytrace=False)
+    return workplace.start
+
+
+@pytest.fixture
+def mailbox(tmp_path: Path) -> Iterator[Mailbox]:
+    """Where bodies tell the test something."""
+    mailbox = Mailbox(tmp_path)
+    yield mailbox
+    mailbox.close()
+
+
+@pytest.fixture
+def word(tmp_path: Path) -> Word:
+    """What bodies wait for."""
+    return Word(tmp_path)
 
 
 @pytest.fixture(params=POOLS)
@@ -151,6 +199,7 @@ def pytest_runtest_makereport(
     """Show the logs of the workers with the failure of a test."""
     report = yield
     if report.failed:
-        for worker in item.stash.get(WORKERS, []):
-            report.sections.append((f"log of worker {worker.pid}", worker.log()))
+        for node in item.listchain():
+            for worker in node.stash.get(WORKERS, []):
+                report.sections.append((f"log of worker {worker.pid}", worker.log()))
     return report
