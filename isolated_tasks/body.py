@@ -23,6 +23,7 @@ import cloudpickle
 from celery import _state
 from celery.app import trace
 from celery.app.task import Context
+from celery.exceptions import Retry
 
 from isolated_tasks import byvalue
 from isolated_tasks.errors import ForkserverError
@@ -219,6 +220,9 @@ def run(call: BodyCall) -> Outcome:
             outcome = Outcome(value=function(*call.args, **call.kwargs))
         except BaseException as exc:
             outcome = Outcome(failure=Failure.of(exc, skip=frame))
+            if isinstance(exc, Retry) and exc.is_eager and exc.sig is not None:
+                # What apply() runs next, and a pickled Retry loses.
+                outcome.notes["retry"] = dict(exc.sig)
     children = [child.as_tuple() for child in contexts[-1]._children or ()]
     outcome.notes["children"] = children
     return outcome

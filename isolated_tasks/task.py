@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from celery import _state
 from celery.app.task import Task
+from celery.canvas import signature
+from celery.exceptions import Retry
 from celery.result import result_from_tuple
 
 from isolated_tasks import body, byvalue, requester, settings
@@ -165,7 +167,10 @@ def _isolate(
     outcome = _run(task, call)
     _take_over_children(task.app, stack[-1][1], outcome.notes.get("children", ()))
     if outcome.failure is not None:
-        raise _raisable(outcome.failure.exception())
+        exc = outcome.failure.exception()
+        if "retry" in outcome.notes and isinstance(exc, Retry):
+            exc.sig, exc.is_eager = signature(outcome.notes["retry"], app=task.app), True
+        raise _raisable(exc)
     return outcome.value
 
 

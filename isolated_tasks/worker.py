@@ -95,6 +95,9 @@ class IsolationStep(bootsteps.StartStopStep):
         """
         self._watched.clear()
         self._watch(hub, parent)
+        if self.launcher is not None:
+            # A slot of this process may be the first to see that a forkserver is gone.
+            self.launcher.on_launch = lambda: hub.call_soon(self._on_readable, hub, parent)
 
     def stop(self, parent: WorkController) -> None:
         """Stop the forkserver, and with it whatever children there are."""
@@ -121,7 +124,9 @@ class IsolationStep(bootsteps.StartStopStep):
 
     def _unwatch(self, hub: Any) -> None:
         for descriptor in self._watched:
-            hub.remove_reader(descriptor)
+            # One that a slot has closed may be somebody else's by now.
+            if hub.readers.get(descriptor, (None,))[0] == self._on_readable:
+                hub.remove_reader(descriptor)
         self._watched.clear()
 
     def _check(self) -> None:

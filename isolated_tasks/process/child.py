@@ -122,12 +122,12 @@ def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
     for number in _handled_signals():
         with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_DFL)
+            system.set_signal(number, signal.SIG_DFL)
     # As in Celery's pool processes: the terminal's Ctrl-C is for the worker to act on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    system.set_signal(signal.SIGINT, signal.SIG_IGN)
     # As Python itself starts: a closed socket, a file at its limit is an error, not the end.
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    system.set_signal(signal.SIGPIPE, signal.SIG_IGN)
+    system.set_signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -136,7 +136,7 @@ def _handled_signals() -> list[signal.Signals]:
     return [
         number
         for number in signal.Signals
-        if number not in fixed and signal.getsignal(number) is not signal.SIG_DFL
+        if number not in fixed and system.getsignal(number) is not signal.SIG_DFL
     ]
 
 
@@ -251,7 +251,7 @@ def _run_exit_hooks(timeout: float) -> None:
     The kernel keeps the time: SIGALRM's default is to end the process, also one whose hook is
     stuck in C.
     """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    system.set_signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.setitimer(signal.ITIMER_REAL, timeout)
     # Threads of the body that are not daemons, then the hooks in the order of CPython's own

@@ -69,7 +69,7 @@ class Children:
                         starts += 1
                         self._make_room()
                         child = Supervisor(address(), options)
-                    return child.call(pickled)
+                    return child.call(pickled, meanwhile=address)
                 except NotBegunError as exc:
                     if starts >= MAX_STARTS:
                         raise _never_began(options, child, exc) from exc

@@ -132,10 +132,10 @@ class _Loop:
         os.set_blocking(self._wakeup, False)
         os.set_blocking(wakeup_writer, False)
         # The handler does nothing; that there is one makes the signal write to the pipe.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        system.set_signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
         # Python counts our threads at each fork; where there is one there is nothing to silence.
-        self._fork_process = os.fork if system.thread_count() == 1 else preload.fork_quietly
+        self._fork_process = system.fork if system.thread_count() == 1 else preload.fork_quietly
         self._connections: dict[int, _Connection] = {}
         self._by_pid: dict[int, _Connection] = {}
         self._poll = system.poll()
@@ -300,7 +300,7 @@ class _Loop:
                 **spawn.env,
                 "PYTHONPATH": os.pathsep.join(self._boot.sys_path),
             }
-            return os.posix_spawn(
+            return system.posix_spawn(
                 command[0],
                 [*command, *(str(descriptor) for descriptor in passed)],
                 environment,
@@ -312,7 +312,7 @@ class _Loop:
 
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while os.read(self._wakeup, 512):
+            while system.read(self._wakeup, 512):
                 pass
         with contextlib.suppress(ChildProcessError):
             while (pid := system.child_exit()) is not None:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from isolated_tasks.errors import ForkserverError, ProtocolError
@@ -97,6 +97,8 @@ class Launcher:
         self._directory = ""
         self._listener: socket.socket | None = None
         self._servers = [_Server(number) for number in range(1, plan.count + 1)]
+        #: Called when a forkserver has been started: `descriptors` has changed.
+        self.on_launch: Callable[[], object] = lambda: None
         self._stopped = False
         self._lock = threading.RLock()
 
@@ -203,16 +205,19 @@ class Launcher:
     def _launch(self, server: _Server) -> None:
         assert self._listener is not None
         ours, theirs = socket.socketpair()
-        channel = Channel(ours, protocol.STATUS_LIMITS)
-        lifeline = Lifeline()
-        passed = (self._listener.fileno(), theirs.fileno(), lifeline.reader)
-        # posix_spawn closes nothing by itself: what is inheritable is inherited. The forkserver
-        # closes the rest as its second act.
-        with theirs, _inheritable(passed):
-            command = system.interpreter("isolated_tasks.process.forkserver")
-            server.pid = os.posix_spawn(
-                command[0], [*command, *(str(descriptor) for descriptor in passed)], _environment()
-            )
+        with contextlib.ExitStack() as if_it_fails, theirs:
+            channel = Channel(ours, protocol.STATUS_LIMITS)
+            if_it_fails.callback(channel.close)
+            lifeline = Lifeline()
+            if_it_fails.callback(lifeline.close)
+            passed = (self._listener.fileno(), theirs.fileno(), lifeline.reader)
+            # posix_spawn closes nothing by itself: what is inheritable is inherited. The forkserver
+            # closes the rest as its second act.
+            with _inheritable(passed):
+                command = system.interpreter("isolated_tasks.process.forkserver")
+                arguments = [*command, *(str(descriptor) for descriptor in passed)]
+                server.pid = os.posix_spawn(command[0], arguments, _environment())
+            if_it_fails.pop_all()
         lifeline.close_reader()
         server.channel, server.lifeline, server.loaded = channel, lifeline, None
         with contextlib.suppress(OSError):
@@ -221,6 +226,7 @@ class Launcher:
                 _wait([channel.fileno()], selectors.EVENT_WRITE, SEND_TIMEOUT)
                 channel.flush()
         logger.debug("forkserver pid=%d started at %s", server.pid, self.address)
+        self.on_launch()
 
     def _boot(self) -> Boot:
         return Boot(
@@ -242,7 +248,12 @@ class Launcher:
         wait = server.not_before - time.monotonic()
         if wait > 0:
             return wait
-        self._launch(server)
+        try:
+            self._launch(server)
+        except OSError as exc:
+            # The owner's event loop, which asks, must not end of it.
+            logger.error("no forkserver can be started: %s; calls wait for it", exc)
+            return _postpone(server)
         return None
 
     def _listen_to(self, server: _Server) -> None:
@@ -263,9 +274,7 @@ class Launcher:
         server.hang_up()
         exit_code = _wait_or_kill(server.pid)
         if server.loaded is None:
-            server.failures += 1
-            delay = min(LAST_DELAY, FIRST_DELAY * 2 ** (server.failures - 1))
-            server.not_before = time.monotonic() + delay
+            _postpone(server)
         logger.error(
             "forkserver pid=%d %s while it was %s; calls under way carry on, new ones wait for the "
             "next forkserver",
@@ -279,6 +288,14 @@ class Launcher:
         """Close the listening socket, in a fork of this process: it is not a launcher."""
         if self._listener is not None and (descriptor := self._listener.detach()) >= 0:
             os.close(descriptor)
+
+
+def _postpone(server: _Server) -> float:
+    server.failures += 1
+    # No more than 10 doublings: after a night of failures the power would not fit a float.
+    delay = min(LAST_DELAY, FIRST_DELAY * 2.0 ** min(server.failures - 1, 10))
+    server.not_before = time.monotonic() + delay
+    return delay
 
 
 def _environment() -> dict[str, str]:

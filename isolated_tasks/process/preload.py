@@ -116,7 +116,7 @@ def _threads_after_fork() -> int:
     pid = fork_quietly()
     if pid == 0:
         os._exit(0)
-    os.waitpid(pid, 0)
+    system.waitpid(pid, 0)
     return system.thread_count()
 
 
@@ -124,4 +124,4 @@ def fork_quietly() -> int:
     """``os.fork`` without the warning about threads of Python 3.12: `Entry.threads` is ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        return system.fork()

@@ -336,6 +336,8 @@ class FrameReader:
         self._limits = limits
         self._scratch = bytearray(SCRATCH_SIZE)
         self._filled = 0
+        # Why nothing that follows can be understood, once that is so.
+        self._error: ProtocolError | None = None
         # The frame that is being read: its fixed part, its pieces that are whole, and the one
         # that is not, which has outgrown the scratch.
         self._head: tuple[Kind, int, list[int]] | None = None
@@ -355,7 +357,13 @@ class FrameReader:
         return here, sum(self._head[2]) if self._head else 0
 
     def space(self) -> memoryview:
-        """Where the next bytes go; never empty."""
+        """Where the next bytes go; never empty.
+
+        Raises:
+            ProtocolError: What came last was not a frame.
+        """
+        if self._error is not None:
+            raise self._error
         if self._target is not None:
             return self._target[self._target_filled :]
         return memoryview(self._scratch)[self._filled :]
@@ -364,7 +372,8 @@ class FrameReader:
         """Take note of ``count`` new bytes; return the frames that they complete.
 
         Raises:
-            ProtocolError: The bytes are not a frame, or one beyond the limits.
+            ProtocolError: The bytes are not a frame, or one beyond the limits. Frames that were whole
+                before them are returned first; then `space` raises it.
         """
         if self._target is not None:
             self._target_filled += count
@@ -374,12 +383,18 @@ class FrameReader:
             self._target, self._target_filled = None, 0
         else:
             self._filled += count
-        frames = []
+        frames: list[Frame] = []
         used = 0
-        while (step := self._step(used)) is not None:
-            used, frame = step
-            if frame is not None:
-                frames.append(frame)
+        try:
+            while (step := self._step(used)) is not None:
+                used, frame = step
+                if frame is not None:
+                    frames.append(frame)
+        except ProtocolError as exc:
+            self._error = exc
+            if not frames:
+                raise
+            return frames
         rest = self._filled - used
         self._scratch[:rest] = self._scratch[used : self._filled]
         self._filled = rest

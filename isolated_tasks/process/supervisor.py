@@ -14,6 +14,7 @@ import selectors
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 from isolated_tasks.errors import (
     ChildLostError,
@@ -34,6 +35,8 @@ __all__ = ["NotBegunError", "Supervisor"]
 logger = logging.getLogger(__name__)
 
 _RETRY_CONNECT_SECONDS = 0.05
+#: How often `Supervisor.call` does something else while it waits for its child.
+_CHECK_SECONDS = 0.5
 
 
 class NotBegunError(Exception):
@@ -75,6 +78,7 @@ class Supervisor:
             self._control = Channel(_connect(address, deadline), protocol.CONTROL_LIMITS)
             if_it_fails.callback(self._control.close)
             ours, theirs = socket.socketpair()
+            if_it_fails.callback(theirs.close)
             self._call = Channel(ours, protocol.CALL_LIMITS)
             if_it_fails.callback(self._call.close)
             self._selector = selectors.DefaultSelector()
@@ -102,21 +106,23 @@ class Supervisor:
     def is_usable(self) -> bool:
         """Whether the child waits for a call, as far as is known now."""
         if self._life.state is State.READY:
-            self._look(0)
+            self._look_idly(0)
         return self._life.state is State.READY
 
     @property
     def has_exited(self) -> bool:
         """Whether the child has been reaped, as far as is known now."""
         if self._life.state is not State.EXITED:
-            self._look(0)
+            self._look_idly(0)
         return self._life.state is State.EXITED
 
-    def call(self, pickled: Pickled) -> Outcome:
+    def call(self, pickled: Pickled, *, meanwhile: Callable[[], object] = lambda: None) -> Outcome:
         """Run one call in the child.
 
         Args:
             pickled: A tuple of a callable, its positional and its keyword arguments.
+            meanwhile: Called now and then until the child accepts: the forkserver that is to
+                start it may be gone, and this thread the one that would replace it.
 
         Returns:
             Its outcome, whole.
@@ -132,6 +138,7 @@ class Supervisor:
         try:
             self._write(self._call, protocol.Call(pickled.body, pickled.buffers))
             while self._life.state is State.CALLED:
+                meanwhile()
                 self._look_before(deadline)
             while self._life.state is State.RUNNING:
                 self._look(None)
@@ -169,7 +176,7 @@ class Supervisor:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
-            self._look(left)
+            self._look_idly(left)
         return True
 
     def kill(self) -> None:
@@ -255,11 +262,19 @@ class Supervisor:
 
     # ── waiting ─────────────────────────────────────────────────────────────────────────────────
 
+    def _look_idly(self, timeout: float | None) -> None:
+        """Like `_look`, while no call is under way: nonsense is nobody's error then."""
+        try:
+            self._look(timeout)
+        except ProtocolError as exc:
+            logger.warning("%r is killed, it talks out of turn: %s", self, exc)
+            self.kill()
+
     def _look_before(self, deadline: float) -> None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise self._too_late()
-        self._look(left)
+        self._look(min(left, _CHECK_SECONDS))
 
     def _look(self, timeout: float | None) -> None:
         """Take note of what has happened; wait for something to happen if nothing has.
@@ -291,6 +306,8 @@ class Supervisor:
             # is killed.
             self._selector.unregister(channel.fileno())
             channel.close()
+            if self._life.state is not State.EXITED:
+                self._at_eof(channel)
             raise
         if self._life.state is State.EXITED:
             return
@@ -341,11 +358,13 @@ class Supervisor:
     def _exited(self, exit_code: int | None, usage: Usage | None) -> None:
         # All that the child ever wrote is here by now, see lifecycle.py. Its end of the socket
         # may still be open in a process that it forked: what is here counts, not end-of-file.
-        for message in self._call.messages():
-            self._take(message)
-        self.exit_code, self.usage = exit_code, usage
-        had_outcome = self._life.state in (State.READY, State.EXITING)
-        self._life.handle(Event.EXITED)
+        try:
+            for message in self._call.messages():
+                self._take(message)
+        finally:
+            self.exit_code, self.usage = exit_code, usage
+            had_outcome = self._life.state in (State.READY, State.EXITING)
+            self._life.handle(Event.EXITED)
         if had_outcome and exit_code not in (0, None) and not self._lifeline.is_cut:
             logger.warning("%r %s after its last outcome", self, system.describe_exit(exit_code))
 

@@ -47,10 +47,16 @@ __all__ = [
     "wait_for",
 ]
 
-#: ``select.poll``, bound here before a preload gets the chance to replace it: gevent's own would
-#: run a hub in the forkserver. None in a worker that eventlet has patched, which takes it away;
-#: only forkserver and child use it.
+# What forkserver and child use, bound here before a preload gets the chance to replace it: gevent's
+# and eventlet's own would run a hub in the forkserver, wait in it, and take SIGCHLD for themselves.
+# poll is None in a worker that eventlet has patched, which takes it away.
 poll: Any = getattr(select, "poll", None)
+fork = os.fork
+posix_spawn = os.posix_spawn
+read = os.read
+waitpid = os.waitpid
+getsignal = signal.getsignal
+set_signal = signal.signal
 
 IS_LINUX = sys.platform.startswith("linux")
 
@@ -148,6 +154,9 @@ def is_closed_by_peer(descriptor: int) -> bool:
 def interpreter(module: str) -> list[str]:
     """The command that runs one of our modules as this interpreter would be run again."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if sys.version_info >= (3, 11):
+        # Or the current directory would come first on the import path, before everything else.
+        flags = [*flags, "-P"]
     return [sys.executable, *flags, "-m", module]
 
 

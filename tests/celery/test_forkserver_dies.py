@@ -1,15 +1,24 @@
 """The forkserver is killed, between calls and during calls: no call is lost."""
 
+import os
 import re
+import shutil
+import signal
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from harness.processes import Mailbox, Word, survivors
+from harness.processes import PATIENCE, Mailbox, Word, survivors
 from harness.worker import POOLS, Worker
+from isolated_tasks.errors import ChildLostError
 
 StartWorker = Callable[..., Worker]
+#: The class is in conftest.py, which nothing can import.
+Workplace = Any
 
 CASES = [*((pool, False) for pool in POOLS), ("prefork", True), ("threads", True)]
 
@@ -104,3 +113,71 @@ def test_one_of_two_forkservers_is_replaced_while_the_other_serves(
     assert {result.get(timeout=30)["parent"] for result in results} <= {second, third}
     kill(second)
     assert parent(running) in (third, *forkservers(running, 4))
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_child_without_its_forkserver_still_goes_with_its_requester(
+    worker: StartWorker, pool: str, workplace: Workplace, mailbox: Mailbox
+) -> None:
+    running = worker("isolated", pool=pool)
+    (forkserver,) = forkservers(running)
+    running.call("isolated.run", "hang", mailbox.path, "stuck in C")
+    pids = mailbox.read()
+    kill(forkserver)
+    if pool != "solo":  # whose main process waits for the body, and starts no other meanwhile
+        forkservers(running, 2)
+    assert survivors(pids, timeout=0) == set(pids)
+    everything = [process.pid for process in running.tree()]
+
+    running.kill()
+
+    assert survivors([*pids, *everything]) == set()
+    # A forkserver removes its folder after its main process, but without one nobody does. Nor does
+    # anybody remove that of billiard.
+    for folder in workplace.temporary.glob("isolated_tasks-*" if pool == "solo" else "pymp-*"):
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_child_without_its_forkserver_is_lost_like_any_other(
+    worker: StartWorker, pool: str, mailbox: Mailbox, word: Word
+) -> None:
+    running = worker("isolated", pool=pool)
+    (forkserver,) = forkservers(running)
+    result = running.call("isolated.run", "report_wait_and_leave", mailbox.path, word.path, -9)
+    (pid,) = mailbox.read()
+    kill(forkserver)
+    word.give()
+
+    with pytest.raises(ChildLostError) as caught:
+        result.get(timeout=30)
+
+    assert caught.value.pid == pid
+    assert parent(running) != forkserver
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
+def test_a_request_that_the_forkserver_has_not_taken_goes_to_the_next(
+    worker: StartWorker, pool: str, workplace: Workplace
+) -> None:
+    running = worker("isolated", pool=pool)
+    (forkserver,) = forkservers(running)
+    os.kill(forkserver, signal.SIGSTOP)
+    result = running.call("isolated.run", "ids")
+    wait_connected(workplace.temporary)
+
+    kill(forkserver)
+
+    assert result.get(timeout=30)["parent"] == forkservers(running, 2)[1]
+
+
+def wait_connected(folder: Path) -> None:
+    """Wait until somebody has connected to the forkserver's socket."""
+    (path,) = folder.glob("isolated_tasks-*/forkserver.sock")
+    tick = threading.Event()
+    for _ in range(int(PATIENCE / 0.01)):
+        # Besides the listening socket, those of connections that nobody has taken bear its path.
+        if Path("/proc/net/unix").read_text().count(str(path)) > 1:
+            return
+        tick.wait(0.01)
+    raise AssertionError("nobody connects")

@@ -1,7 +1,7 @@
 """A pool process or a whole worker is killed: its bodies go too, and no start is tripped up.
 
-The process wing's own tests are in tests/process/test_lifeline.py; these say that Celery's processes
-are requesters like any other.
+The process wing's own tests are in tests/process/test_lifeline.py; these say that Celery's
+processes are requesters like any other.
 """
 
 import signal

@@ -6,17 +6,19 @@ it starts its own.
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import pytest
 
 from harness import marks
 from harness.leaks import Snapshot
-from harness.processes import PATIENCE, Mailbox, Slot, Word
+from harness.processes import PATIENCE, Interrupted, Mailbox, Slot, Word
 from isolated_tasks.process.launcher import Launcher, Plan
 
 MakeSlot = Callable[..., Slot]
@@ -104,3 +106,15 @@ def mailbox(tmp_path: Path) -> Iterator[Mailbox]:
 @pytest.fixture
 def word(tmp_path: Path) -> Word:
     return Word(tmp_path)
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Raises `Interrupted` in the main thread."""
+
+    def handler(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)

@@ -92,7 +92,8 @@ def test_closing_a_slot_ends_its_idle_processes(make_slot: MakeSlot) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"name": "other"}, {"env": {"A": "1"}}, {"batch_size": 4}, {"start_method": "spawn"}]
+    "options",
+    [{"name": "other"}, {"env": {"A": "1"}}, {"batch_size": 4}, {"start_method": "spawn"}],
 )
 def test_calls_with_other_options_get_another_process(
     make_slot: MakeSlot, options: dict[str, Any]
@@ -199,6 +200,20 @@ def test_an_idle_process_that_is_killed_is_replaced(make_slot: MakeSlot) -> None
     assert slot.run(os.getpid) != pid
 
 
+def test_an_idle_process_that_talks_nonsense_is_replaced(
+    make_slot: MakeSlot, mailbox: Mailbox, word: Word
+) -> None:
+    slot = make_slot(batch_size=5)
+    pid = slot.run(bodies.talk_nonsense_later, mailbox.path, word.path)
+    word.give()
+    assert mailbox.read() == ["done"]
+
+    # This call is as innocent as any.
+    assert slot.run(os.getpid) != pid
+    slot.close()
+    assert survivors([pid], timeout=0) == set()
+
+
 def test_a_call_sent_to_a_process_that_has_just_gone_is_run_once_by_another(
     *,
     new_launcher: NewLauncher,
@@ -214,16 +229,16 @@ def test_a_call_sent_to_a_process_that_has_just_gone_is_run_once_by_another(
     # The forkserver cannot reap it, so its end is known to nobody when the call is sent.
     os.kill(forkserver, signal.SIGSTOP)
     wait_status(first, "zombie")
-    refused = []
+    refused: list[int | None] = []
 
     def send(self: Supervisor, channel: Any, message: Any) -> None:
         original(self, channel, message)
         if isinstance(message, Call):
             os.kill(forkserver, signal.SIGCONT)
 
-    def run(self: Supervisor, pickled: Any) -> Any:
+    def run(self: Supervisor, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original_call(self, pickled)
+            return original_call(self, *args, **kwargs)
         except NotBegunError:
             refused.append(self.pid)
             raise
@@ -263,7 +278,9 @@ def test_a_process_that_always_goes_before_it_accepts_fails_the_call_in_the_end(
     new_launcher: NewLauncher, make_slot: MakeSlot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Each is killed as it is born.
-    module = "from isolated_tasks.process import child\nchild._be_born = lambda *_: child.os._exit(9)\n"
+    module = (
+        "from isolated_tasks.process import child\nchild._be_born = lambda *_: child.os._exit(9)\n"
+    )
     (tmp_path / "stillborn.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     slot = make_slot(address=new_launcher(preload=["stillborn"]).address)

@@ -1,6 +1,8 @@
 """Values and exceptions go there and come back."""
 
+import itertools
 import os
+import resource
 import threading
 import traceback
 from collections.abc import Callable
@@ -198,6 +200,28 @@ def test_what_the_system_refuses_is_an_error_that_says_why(
     assert caught.value.errno == 7
     assert caught.value.address == forkserver.address
     assert make_slot().run(abs, -1) == 1
+
+
+def test_a_requester_without_descriptors_gets_an_error_and_keeps_none(slot: Slot) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    slot.run(abs, -1)
+    slot.close()
+    lowest = next(n for n in itertools.count() if not os.path.exists(f"/proc/self/fd/{n}"))
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    worked = []
+    # One more is there each time, so that each step on the way to a child fails once.
+    for limit in range(lowest, used + 20):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            worked.append(slot.run(abs, -1) == 1)
+        except (ForkserverError, OSError):
+            worked.append(False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        slot.close()
+
+    assert worked[0] is False
+    assert worked[-1] is True
 
 
 def test_an_environment_larger_than_the_socket_takes_at_once_arrives(make_slot: MakeSlot) -> None:

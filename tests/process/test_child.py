@@ -61,7 +61,11 @@ def test_a_child_is_a_main_process_of_its_own_to_python(
     assert state["argv"] == sys.argv
     assert state["stdin"] == ""
     assert state["gc"] is True
-    assert (state["daemon"], state["process"], state["is_mp_child"]) == (False, "MainProcess", False)
+    assert (state["daemon"], state["process"], state["is_mp_child"]) == (
+        False,
+        "MainProcess",
+        False,
+    )
 
 
 def test_what_the_forkserver_has_loaded_is_out_of_the_collector_s_way(slot: Slot) -> None:
@@ -152,7 +156,9 @@ def test_a_child_has_its_call_socket_its_lifeline_its_crash_file_and_no_other_de
 def test_variables_are_set_for_the_body_and_for_programs_that_it_starts(
     make_slot: MakeSlot, start_method: str
 ) -> None:
-    slot = make_slot(start_method=start_method, env={"COLOUR": "grün=1", "HOME": "/h"}, batch_size=2)
+    slot = make_slot(
+        start_method=start_method, env={"COLOUR": "grün=1", "HOME": "/h"}, batch_size=2
+    )
 
     assert slot.run(bodies.variables, "COLOUR", "HOME") == {"COLOUR": "grün=1", "HOME": "/h"}
     assert slot.run(bodies.variable_of_a_program, "COLOUR") == "grün=1"
@@ -194,9 +200,7 @@ def test_output_is_flushed_before_the_result_is_sent(
 
 
 @both_start_methods
-def test_exit_hooks_of_the_body_run(
-    make_slot: MakeSlot, tmp_path: Path, start_method: str
-) -> None:
+def test_exit_hooks_of_the_body_run(make_slot: MakeSlot, tmp_path: Path, start_method: str) -> None:
     path = tmp_path / "traces"
     slot = make_slot(start_method=start_method)
 
@@ -233,9 +237,7 @@ def test_exit_hooks_of_the_forkserver_do_not_run_in_a_child(
     assert list(tmp_path.glob("*.ran")) == []
 
 
-def test_threads_of_the_body_are_waited_for(
-    slot: Slot, word: Word, tmp_path: Path
-) -> None:
+def test_threads_of_the_body_are_waited_for(slot: Slot, word: Word, tmp_path: Path) -> None:
     path = tmp_path / "traces"
 
     slot.run(bodies.leave_a_thread, str(path), word.path)

@@ -3,17 +3,18 @@
 What a forkserver and its children find switched off is switched off by a preload.
 """
 
+import errno
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness import bodies
 from harness.processes import (
     Background,
+    Interrupted,
     Mailbox,
     Slot,
     Word,
@@ -21,7 +22,7 @@ from harness.processes import (
     survivors,
     wait_gone,
 )
-from isolated_tasks.errors import ChildLostError
+from isolated_tasks.errors import ChildLostError, ForkserverError
 from isolated_tasks.process import system
 from isolated_tasks.process.launcher import Launcher
 
@@ -31,9 +32,7 @@ Without = Callable[[str], Launcher]
 
 
 @pytest.fixture
-def without(
-    new_launcher: NewLauncher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Without:
+def without(new_launcher: NewLauncher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Without:
     """A forkserver that does not find some features."""
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -50,6 +49,11 @@ def without(
 
 NO_LIFELINE = "system.arm_lifeline = lambda *_, **__: False"
 NO_PIDFD = "system.open_pidfd = lambda pid: None"
+NO_FORK = """
+def fork():
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+system.fork = fork
+"""
 FEATURES = {
     "a lifeline": NO_LIFELINE,
     "pidfds": NO_PIDFD,
@@ -79,6 +83,20 @@ def test_without_one_of_the_features_calls_run_and_lost_children_are_told(
     assert "crash_in_c" in caught.value.crash_traceback
 
 
+def test_a_fork_that_the_system_refuses_is_an_error_that_says_why(
+    without: Without, make_slot: MakeSlot
+) -> None:
+    # As where the limit of processes is reached, which root does not have.
+    slot = make_slot(address=without(NO_FORK).address)
+
+    for _ in range(2):
+        with pytest.raises(ForkserverError, match="Resource temporarily unavailable") as caught:
+            slot.run(abs, -1)
+        assert caught.value.errno == errno.EAGAIN
+
+    assert slot.outcome(make_slot(start_method="spawn").options, abs, -1).result() == 1
+
+
 # ── the lifeline ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -101,26 +119,18 @@ def test_without_a_lifeline_an_exception_in_the_wait_kills_the_child(
     without: Without,
     make_slot: MakeSlot,
     mailbox: Mailbox,
-    monkeypatch: pytest.MonkeyPatch,
+    interrupt: Callable[[], None],
     source: str,
 ) -> None:
     slot = make_slot(address=without(source).address)
     pids: list[int] = []
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise InterruptedError
-
-    before = signal.signal(signal.SIGUSR1, interrupt)
-
     def wait_and_interrupt() -> None:
         pids.extend(mailbox.read())
-        os.kill(os.getpid(), signal.SIGUSR1)
+        interrupt()
 
-    try:
-        with Background(wait_and_interrupt), pytest.raises(InterruptedError):
-            slot.run(bodies.hang, mailbox.path, "stuck in C")
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with Background(wait_and_interrupt), pytest.raises(Interrupted):
+        slot.run(bodies.hang, mailbox.path, "stuck in C")
 
     assert survivors(pids) == set()
     assert slot.run(abs, -1) == 1
@@ -128,29 +138,21 @@ def test_without_a_lifeline_an_exception_in_the_wait_kills_the_child(
 
 @pytest.mark.skipif(not system.features()["pidfd_group_signal"], reason="needs Linux 6.9")
 def test_without_lifeline_and_forkserver_the_pidfd_kills_the_group(
-    *, without: Without, make_slot: MakeSlot, mailbox: Mailbox
+    *, without: Without, make_slot: MakeSlot, mailbox: Mailbox, interrupt: Callable[[], None]
 ) -> None:
     launcher = without(NO_LIFELINE)
     (forkserver,) = launcher.pids()
     slot = make_slot(address=launcher.address)
     pids: list[int] = []
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise InterruptedError
-
-    before = signal.signal(signal.SIGUSR1, interrupt)
-
     def wait_and_interrupt() -> None:
         pids.extend(mailbox.read())
         os.kill(forkserver, signal.SIGKILL)
         wait_gone([forkserver])
-        os.kill(os.getpid(), signal.SIGUSR1)
+        interrupt()
 
-    try:
-        with Background(wait_and_interrupt), pytest.raises(InterruptedError):
-            slot.run(bodies.hang, mailbox.path, "asleep")
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with Background(wait_and_interrupt), pytest.raises(Interrupted):
+        slot.run(bodies.hang, mailbox.path, "asleep")
 
     assert survivors(pids) == set()
 

@@ -4,10 +4,12 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness import bodies
@@ -19,11 +21,14 @@ from harness.processes import (
     Word,
     program,
     survivors,
+    wait_connected,
     wait_gone,
+    wait_status,
 )
 from isolated_tasks.errors import ChildLostError, ForkserverError
 from isolated_tasks.process import pickling, system
-from isolated_tasks.process.launcher import FIRST_DELAY, Launcher
+from isolated_tasks.process.children import Children
+from isolated_tasks.process.launcher import FIRST_DELAY, LAST_DELAY, Launcher, Plan
 from isolated_tasks.process.options import ProcessOptions
 from isolated_tasks.process.supervisor import Supervisor
 
@@ -67,9 +72,7 @@ def tells_exit_codes() -> bool:
 # ── between calls ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_dead_forkserver_is_noticed_and_replaced(
-    launcher: Launcher, make_slot: MakeSlot
-) -> None:
+def test_a_dead_forkserver_is_noticed_and_replaced(launcher: Launcher, make_slot: MakeSlot) -> None:
     slot = make_slot(address=launcher.address)
     address = launcher.address
     before = slot.run(os.getppid)
@@ -121,13 +124,35 @@ def test_a_call_made_while_there_is_no_forkserver_is_served_by_the_next_one(
     supervisor.close()
 
 
+def test_a_call_replaces_the_forkserver_that_it_waits_for(launcher: Launcher) -> None:
+    # As in a worker whose slots are its main process: nobody else is there to do it.
+    def address() -> str:
+        launcher.check()
+        return launcher.address
+
+    (before,) = launcher.pids()
+    os.kill(before, signal.SIGSTOP)
+    wait_status(before, psutil.STATUS_STOPPED)
+    children = Children()
+    pickled = pickling.dumps((os.getppid, (), {}))
+    with Background(children.call, pickled, ProcessOptions("test"), address) as call:
+        wait_connected(launcher.address)
+        os.kill(before, signal.SIGKILL)
+
+        after = call.result().result()
+
+    children.close()
+    assert launcher.pids() == [after]
+    assert after != before
+
+
 def test_a_call_made_while_nobody_replaces_the_forkserver_fails_in_time(
     launcher: Launcher, make_slot: MakeSlot
 ) -> None:
     kill_forkserver(launcher)
     slot = make_slot(address=launcher.address, start_timeout=0.1, exit_timeout=0.1)
 
-    with pytest.raises(ForkserverError, match="within 0.1 s") as caught:
+    with pytest.raises(ForkserverError, match=r"within 0\.1 s") as caught:
         slot.run(abs, -1)
 
     assert caught.value.address == launcher.address
@@ -157,9 +182,7 @@ def test_a_child_that_is_lost_without_a_forkserver_is_told_as_well_as_the_kernel
     *, launcher: Launcher, make_slot: MakeSlot, mailbox: Mailbox, word: Word, code: int
 ) -> None:
     slot = make_slot(address=launcher.address)
-    with Background(
-        slot.run, bodies.report_wait_and_leave, mailbox.path, word.path, code
-    ) as call:
+    with Background(slot.run, bodies.report_wait_and_leave, mailbox.path, word.path, code) as call:
         (pid,) = mailbox.read()
         kill_forkserver(launcher)
         word.give()
@@ -273,11 +296,44 @@ def test_a_forkserver_that_does_not_get_ready_is_an_error_and_can_be_stopped(
     launcher = new_launcher(preload=["harness.hanging"], wait=False)
     (pid,) = mailbox.read()
 
-    with pytest.raises(ForkserverError, match="within 0.05 s"):
+    with pytest.raises(ForkserverError, match=r"within 0\.05 s"):
         launcher.wait_loaded(0.05)
     launcher.stop()
 
     assert survivors([pid], timeout=0) == set()
+
+
+def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonesuch/python")
+    launcher = Launcher(Plan())
+
+    with pytest.raises(FileNotFoundError):
+        launcher.start()
+
+    assert launcher.pids() == []
+
+
+def test_a_replacement_that_cannot_be_started_is_tried_again_after_a_while(
+    launcher: Launcher,
+    make_slot: MakeSlot,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kill_forkserver(launcher)
+    (server,) = launcher._servers
+    waits = []
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/nonesuch/python")
+        # Three times in a row; then after a night of it.
+        for failures in (0, 1, 2, 5000):
+            broken.setattr(server, "failures", failures)
+            broken.setattr(server, "not_before", 0.0)
+            waits.append(launcher.check())
+
+    assert waits == [FIRST_DELAY, 2 * FIRST_DELAY, 4 * FIRST_DELAY, LAST_DELAY]
+    assert "/nonesuch/python" in caplog.text
+    assert launcher.check() is None
+    assert make_slot(address=launcher.address).run(abs, -1) == 1
 
 
 # ── the socket's place ──────────────────────────────────────────────────────────────────────────

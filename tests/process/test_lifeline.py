@@ -2,11 +2,8 @@
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from subprocess import Popen
-from types import FrameType
-from typing import NoReturn
 
 import psutil
 import pytest
@@ -14,11 +11,13 @@ import pytest
 from harness import bodies
 from harness.processes import (
     Background,
+    Interrupted,
     Mailbox,
     Slot,
     Word,
     program,
     survivors,
+    wait_connected,
     wait_gone,
     wait_status,
 )
@@ -40,30 +39,32 @@ def test_every_way_to_hang_is_tried() -> None:
     assert set(STATUS) == set(bodies.HANGING)
 
 
+@pytest.fixture
+def launcher(new_launcher: NewLauncher) -> Launcher:
+    return new_launcher(preload=["harness.bodies"])
+
+
 @pytest.fixture(params=["with the forkserver", "without the forkserver"])
-def launcher(request: pytest.FixtureRequest, new_launcher: NewLauncher) -> Iterator[Launcher]:
-    """A forkserver; where it is to be without, `bereave` kills it."""
-    launcher = new_launcher(preload=["harness.bodies"])
-    launcher.dies = request.param.startswith("without")  # type: ignore[attr-defined]
-    yield launcher
+def bereave(request: pytest.FixtureRequest, launcher: Launcher) -> Callable[[], None]:
+    """Kills the forkserver where the test is to do without; nobody replaces it."""
 
+    def kill_or_not() -> None:
+        if request.param == "without the forkserver":
+            (pid,) = launcher.pids()
+            os.kill(pid, signal.SIGKILL)
+            wait_gone([pid])
 
-def bereave(launcher: Launcher) -> None:
-    """Kill the forkserver where the test is to do without; nobody replaces it."""
-    if launcher.dies:  # type: ignore[attr-defined]
-        (pid,) = launcher.pids()
-        os.kill(pid, signal.SIGKILL)
-        wait_gone([pid])
+    return kill_or_not
 
 
 @pytest.mark.parametrize("how", bodies.HANGING)
 def test_a_killed_requester_takes_its_child_and_grandchildren_along(
-    launcher: Launcher, mailbox: Mailbox, how: str
+    launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox, how: str
 ) -> None:
     with program("harness.requester", launcher.address, mailbox.path, how) as requester:
         pids = mailbox.read()
         wait_status(pids[0], STATUS[how])
-        bereave(launcher)
+        bereave()
         if how != "stopped":
             # The kernel ends (SIGHUP) a group that has lost its last parent while one of it is
             # stopped; see setpgid(2), "orphaned process group".
@@ -74,13 +75,15 @@ def test_a_killed_requester_takes_its_child_and_grandchildren_along(
         assert survivors(pids) == set()
 
 
-def test_a_group_that_is_stopped_goes_as_a_whole(launcher: Launcher, mailbox: Mailbox) -> None:
+def test_a_group_that_is_stopped_goes_as_a_whole(
+    launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox
+) -> None:
     with program("harness.requester", launcher.address, mailbox.path, "asleep") as requester:
         pids = mailbox.read()
         os.killpg(pids[0], signal.SIGSTOP)
         for pid in pids:
             wait_status(pid, psutil.STATUS_STOPPED)
-        bereave(launcher)
+        bereave()
 
         requester.kill()
 
@@ -88,7 +91,7 @@ def test_a_group_that_is_stopped_goes_as_a_whole(launcher: Launcher, mailbox: Ma
 
 
 def test_a_copy_of_the_requester_does_not_keep_its_child_alive(
-    launcher: Launcher, mailbox: Mailbox
+    launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox
 ) -> None:
     with program(
         "harness.requester", launcher.address, mailbox.path, "asleep", "--copy"
@@ -96,7 +99,7 @@ def test_a_copy_of_the_requester_does_not_keep_its_child_alive(
         # The copy and the child report in any order.
         messages = sorted([mailbox.read(), mailbox.read()], key=len)
         (copy,), pids = messages
-        bereave(launcher)
+        bereave()
         try:
             requester.kill()
 
@@ -115,7 +118,7 @@ def test_a_requester_that_is_killed_before_its_child_is_born_leaves_none(
     wait_status(forkserver, psutil.STATUS_STOPPED)
     with program("harness.requester", launcher.address, mailbox.path, "asleep") as requester:
         # Once it has asked, it sleeps.
-        _wait_connected(launcher.address)
+        wait_connected(launcher.address)
         wait_status(requester.pid, psutil.STATUS_SLEEPING)
         requester.kill()
         requester.wait()
@@ -128,47 +131,23 @@ def test_a_requester_that_is_killed_before_its_child_is_born_leaves_none(
     slot.close()
 
 
-def _wait_connected(address: str) -> None:
-    """Wait until somebody waits for the forkserver to accept a connection."""
-    tick = threading.Event()
-    for _ in range(6000):
-        # unix(7): each connection is listed under the address of the listener; st 03 is connected,
-        # and the first line is the listener itself.
-        with open("/proc/net/unix") as file:
-            if sum(line.rstrip().endswith(address) for line in file) > 1:
-                return
-        tick.wait(0.005)
-    raise AssertionError("nobody connects")
-
-
 # ── requesters that live ────────────────────────────────────────────────────────────────────────
 
 
-class Interrupted(Exception):
-    """What a signal handler raises in the middle of a wait, as Celery's time limits do."""
-
-
-@pytest.fixture
-def interrupt() -> Iterator[Callable[[], None]]:
-    """Raises `Interrupted` in the main thread."""
-
-    def handler(number: int, frame: FrameType | None) -> NoReturn:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    yield lambda: os.kill(os.getpid(), signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, before)
-
-
 def test_an_exception_that_ends_the_wait_kills_the_child(
-    *, launcher: Launcher, mailbox: Mailbox, interrupt: Callable[[], None], make_slot: MakeSlot
+    *,
+    launcher: Launcher,
+    bereave: Callable[[], None],
+    mailbox: Mailbox,
+    interrupt: Callable[[], None],
+    make_slot: MakeSlot,
 ) -> None:
     slot = make_slot(address=launcher.address)
     pids: list[int] = []
 
     def wait_and_interrupt() -> None:
         pids.extend(mailbox.read())
-        bereave(launcher)
+        bereave()
         interrupt()
 
     with Background(wait_and_interrupt), pytest.raises(Interrupted):
@@ -189,7 +168,7 @@ def test_an_exception_while_a_large_argument_is_sent_leaves_no_child(
     slot = make_slot(address=launcher.address)
 
     def wait_and_interrupt() -> None:
-        _wait_connected(launcher.address)
+        wait_connected(launcher.address)
         interrupt()
 
     with Background(wait_and_interrupt), pytest.raises(Interrupted):

@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from harness import bodies
-from harness.processes import Mailbox, Slot, survivors
+from harness.processes import Background, Mailbox, Slot, survivors
 from isolated_tasks.errors import ChildLostError, ProtocolError
 
 MakeSlot = Callable[..., Slot]
@@ -63,7 +65,9 @@ def test_an_abort_is_named(slot: Slot) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU])
-def test_a_signal_is_named_and_leaves_no_crash_traceback(slot: Slot, number: signal.Signals) -> None:
+def test_a_signal_is_named_and_leaves_no_crash_traceback(
+    slot: Slot, number: signal.Signals
+) -> None:
     error = lose(slot, bodies.kill_myself, number)
 
     assert (error.exit_code, error.signal) == (-number, number.name)
@@ -185,3 +189,34 @@ def test_garbage_on_the_call_socket_fails_its_own_call(slot: Slot) -> None:
         slot.run(bodies.talk_nonsense)
 
     assert slot.run(abs, -1) == 1
+
+
+def test_garbage_and_the_end_together_fail_their_own_call(slot: Slot) -> None:
+    # Whichever of the two is seen first.
+    for _ in range(20):
+        with pytest.raises((ProtocolError, ChildLostError)):
+            slot.run(bodies.talk_nonsense_and_leave, 3)
+
+    assert slot.run(abs, -1) == 1
+
+
+def test_garbage_after_the_outcome_does_not_take_it_back_and_harms_no_call(slot: Slot) -> None:
+    assert slot.run(bodies.register, bodies.talk_nonsense) == "registered"
+    assert slot.run(bodies.register, bodies.talk_nonsense) == "registered"
+    slot.close()
+
+
+def test_a_forkserver_that_talks_nonsense_is_an_error_of_the_call(
+    make_slot: MakeSlot, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        slot = make_slot(address=str(tmp_path / "socket"))
+        with Background(slot.run, abs, -1) as call:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+                with pytest.raises(ProtocolError):
+                    call.result()

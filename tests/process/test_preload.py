@@ -2,12 +2,14 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import isolated_tasks
 from harness import bodies
 from harness.processes import Slot, survivors
 from isolated_tasks.errors import ForkserverError
@@ -81,6 +83,25 @@ def test_a_module_in_the_current_directory_is_found_as_celery_finds_it(
     monkeypatch.chdir(tmp_path)
 
     assert entries(new_launcher(preload=["here_alone"]))["here_alone"]["error"] is None
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P came with Python 3.11")
+def test_the_current_directory_does_not_come_before_everything_else(
+    new_launcher: NewLauncher,
+    make_slot: MakeSlot,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    # `python -m` looks there first; the main process, which has been started otherwise, does not.
+    for name in ("socket.py", "isolated_tasks.py"):
+        (tmp_path / name).write_text("raise ImportError('not what was meant')")
+    monkeypatch.chdir(tmp_path)
+
+    launcher = new_launcher()
+
+    for start_method in ("forkserver", "spawn"):
+        slot = make_slot(address=launcher.address, start_method=start_method)
+        assert slot.run(bodies.file_of, "isolated_tasks") == isolated_tasks.__file__
 
 
 def test_the_set_up_is_run_before_the_preload(
@@ -308,7 +329,12 @@ def test_a_preload_that_prints_is_heard(
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_preload_that_patches_the_standard_library_is_borne(
-    new_launcher: NewLauncher, make_module: MakeModule, package: str, patch: str
+    *,
+    new_launcher: NewLauncher,
+    make_module: MakeModule,
+    make_slot: MakeSlot,
+    package: str,
+    patch: str,
 ) -> None:
     pytest.importorskip(package)
     make_module("patches", patch)
@@ -317,3 +343,4 @@ def test_a_preload_that_patches_the_standard_library_is_borne(
 
     assert entries(launcher)["patches"]["error"] is None
     assert is_well(launcher)
+    assert make_slot(address=launcher.address).run(bodies.use_the_standard_library) == ["thread", 3]

@@ -32,7 +32,9 @@ def imported(path: Path) -> Iterator[str]:
     """The modules of ours that a module imports when it runs, at its top or in a function."""
     for node in ast.walk(_Runtime().visit(ast.parse(path.read_text()))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("isolated_tasks"))
+            yield from (
+                alias.name for alias in node.names if alias.name.startswith("isolated_tasks")
+            )
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             if (node.module or "").startswith("isolated_tasks"):
@@ -77,7 +79,9 @@ def height(module: str) -> tuple[int, int]:
 
 def test_the_maps_have_every_module_once() -> None:
     outer = {name_of(path).split(".")[1] for path in MODULES if name_of(path) != "isolated_tasks"}
-    inner = {name_of(path).split(".")[2] for path in MODULES if name_of(path).startswith(WING + ".")}
+    inner = {
+        name_of(path).split(".")[2] for path in MODULES if name_of(path).startswith(WING + ".")
+    }
 
     assert sorted(OUTER) == sorted(outer)
     assert sorted(INNER) == sorted(inner)
@@ -100,7 +104,9 @@ def test_imports_point_down(path: Path) -> None:
 
 def loaded_by(*modules: str) -> set[str]:
     """The top-level packages that a fresh interpreter has after it has imported these."""
-    statement = f"import {', '.join(modules)}, sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+    statement = (
+        f"import {', '.join(modules)}, sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+    )
     # The current directory comes first in its sys.path: it has to be where we found the package.
     run = subprocess.run(
         [sys.executable, "-c", statement],
@@ -129,7 +135,8 @@ def test_only_system_knows_which_kernel_this_is() -> None:
     guilty = [
         name_of(path)
         for path in MODULES
-        if path.stem != "system" and re.search(r"sys\.platform|platform\.system|uname", path.read_text())
+        if path.stem != "system"
+        and re.search(r"sys\.platform|platform\.system|uname", path.read_text())
     ]
 
     assert guilty == []

@@ -8,48 +8,62 @@ import pytest
 from isolated_tasks.errors import OptionError
 from isolated_tasks.process.options import ProcessOptions
 
-NEVER_A_DURATION = [0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf, True, "5", None, [], 1e300, 1e10]
-
-BAD: list[tuple[str, Any]] = [
-    *(("start_method", value) for value in ["fork", "", None, 1, "Spawn", [], b"spawn"]),
-    *(("batch_size", value) for value in [0, -1, 1.5, 2.0, "2", None, True, math.inf]),
-    *(("batch_memory_limit_bytes", value) for value in [0, -1, 1.5, "1GiB", True]),
-    *(("batch_idle_timeout", value) for value in NEVER_A_DURATION),
-    *(("start_timeout", value) for value in NEVER_A_DURATION),
-    *(("exit_timeout", value) for value in NEVER_A_DURATION),
-    *(
-        ("env", value)
-        for value in [
-            None,
-            "A=1",
-            ["A"],
-            [("A", "1")],
-            {"A": 1},
-            {"A": None},
-            {"A": b"1"},
-            {1: "1"},
-            {b"A": "1"},
-            {"": "1"},
-            {"A=B": "1"},
-            {"A\0": "1"},
-            {"A": "\0"},
-            {"A": "\ud800"},
-            {"\ud800": "1"},
-        ]
-    ),
+NEVER_A_DURATION: list[Any] = [
+    0,
+    -1,
+    0.0,
+    -0.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    "5",
+    None,
+    [],
+    1e300,
+    1e10,
 ]
 
-GOOD: list[tuple[str, Any]] = [
-    *(("start_method", value) for value in ["forkserver", "spawn"]),
-    *(("batch_size", value) for value in [1, 20, 10**6]),
-    *(("batch_memory_limit_bytes", value) for value in [None, 1, 2**40]),
-    *(
-        (name, value)
-        for name in ("batch_idle_timeout", "start_timeout", "exit_timeout")
-        for value in [0.001, 1, 5.0, 7 * 24 * 3600]
-    ),
-    *(("env", value) for value in [{}, {"A": ""}, {"A": "b=c", "Ü": "\udc80"}]),
+NEVER_AN_ENVIRONMENT: list[Any] = [
+    None,
+    "A=1",
+    ["A"],
+    [("A", "1")],
+    {"A": 1},
+    {"A": None},
+    {"A": b"1"},
+    {1: "1"},
+    {b"A": "1"},
+    {"": "1"},
+    {"A=B": "1"},
+    {"A\0": "1"},
+    {"A": "\0"},
+    {"A": "\ud800"},
+    {"\ud800": "1"},
 ]
+
+BAD_VALUES: dict[str, list[Any]] = {
+    "start_method": ["fork", "", None, 1, "Spawn", [], b"spawn"],
+    "batch_size": [0, -1, 1.5, 2.0, "2", None, True, math.inf],
+    "batch_memory_limit_bytes": [0, -1, 1.5, "1GiB", True],
+    "batch_idle_timeout": NEVER_A_DURATION,
+    "start_timeout": NEVER_A_DURATION,
+    "exit_timeout": NEVER_A_DURATION,
+    "env": NEVER_AN_ENVIRONMENT,
+}
+
+GOOD_VALUES: dict[str, list[Any]] = {
+    "start_method": ["forkserver", "spawn"],
+    "batch_size": [1, 20, 10**6],
+    "batch_memory_limit_bytes": [None, 1, 2**40],
+    "batch_idle_timeout": [0.001, 1, 5.0, 7 * 24 * 3600],
+    "start_timeout": [0.001, 1, 5.0, 7 * 24 * 3600],
+    "exit_timeout": [0.001, 1, 5.0, 7 * 24 * 3600],
+    "env": [{}, {"A": ""}, {"A": "b=c", "Ü": "\udc80"}],
+}
+
+BAD = [(option, value) for option, values in BAD_VALUES.items() for value in values]
+GOOD = [(option, value) for option, values in GOOD_VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize(("option", "value"), BAD, ids=repr)

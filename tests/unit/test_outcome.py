@@ -17,6 +17,8 @@ from isolated_tasks.process.outcome import MAX_CHAIN, MAX_FRAMES, Failure, Outco
 
 Body = Callable[[], object]
 
+NOTHING: dict[str, Any] = {}
+
 
 def run(body: Body) -> tuple[BaseException, Failure]:
     """What a body raises, as if it had been called by nobody; and how it is sent."""
@@ -24,8 +26,9 @@ def run(body: Body) -> tuple[BaseException, Failure]:
         body()
     except BaseException as exc:
         failure = Failure.of(exc, skip=sys._getframe())
-        assert exc.__traceback__ is not None
-        return exc.with_traceback(exc.__traceback__.tb_next), failure
+        # Without this frame, as at the other end.
+        below = exc.__traceback__.tb_next if exc.__traceback__ else None
+        return exc.with_traceback(below), failure
     raise AssertionError("the body raised nothing")
 
 
@@ -209,7 +212,7 @@ def test_an_exception_that_loads_in_the_child_alone_is_stood_for() -> None:
 
     assert type(arrived[0]) is RemoteError
     assert arrived[0].text == "x"
-    assert shown(arrived[0]).count('raise exc') == 1
+    assert shown(arrived[0]).count("raise exc") == 1
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
@@ -245,14 +248,14 @@ def with_cause() -> None:
 
 def with_context() -> None:
     try:
-        {}["x"]
+        NOTHING["x"]
     except KeyError:
         int("no number")
 
 
 def from_none() -> None:
     try:
-        {}["x"]
+        NOTHING["x"]
     except KeyError:
         raise ValueError("alone") from None
 
@@ -332,16 +335,11 @@ def test_an_endless_chain_is_cut() -> None:
 
 class Renderer:
     def render(self, numbers: list[int]) -> list[float]:
-        return [
-            self._share(number, of=sum(numbers))
-            for number in numbers
-        ]
+        return [self._share(number, of=sum(numbers)) for number in numbers]
 
     def _share(self, number: int, *, of: int) -> float:
         ä = number
-        return ä / (
-            of
-        )
+        return ä / (of)
 
 
 def in_methods() -> None:
@@ -349,7 +347,7 @@ def in_methods() -> None:
 
 
 def in_a_lambda() -> None:
-    (lambda x: x.missing)(None)
+    (lambda x: x["missing"])(NOTHING)
 
 
 def in_a_generator() -> None:
@@ -363,7 +361,7 @@ def in_a_generator() -> None:
 def in_nested_functions() -> None:
     def outer() -> None:
         def inner() -> None:
-            {}["x"]["y"]
+            NOTHING["x"]["y"]
 
         inner()
 

@@ -184,7 +184,11 @@ def refusal(parts: dict[str, Any], what: str = "argument") -> UnpicklableError:
         ({"args": ({7: LOCK},)}, "args[0][7]", "_thread.lock"),
         ({"args": ({(1, "x"): LOCK},)}, "args[0][(1, 'x')]", "_thread.lock"),
         ({"args": (Thing(LOCK),)}, "args[0].inner", "_thread.lock"),
-        ({"args": (Thing([0, Thing({"x": LOCK})]),)}, 'args[0].inner[1].inner["x"]', "_thread.lock"),
+        (
+            {"args": (Thing([0, Thing({"x": LOCK})]),)},
+            'args[0].inner[1].inner["x"]',
+            "_thread.lock",
+        ),
         ({"args": (Thing(others=[LOCK]),)}, "args[0].others[0]", "_thread.lock"),
         ({"args": (WithState(LOCK),)}, "args[0]._value", "_thread.lock"),
         ({"args": ({LockedKey(): 1},)}, "args[0] key LockedKey().lock", "_thread.lock"),
@@ -192,7 +196,7 @@ def refusal(parts: dict[str, Any], what: str = "argument") -> UnpicklableError:
         ({"args": (frozenset({LockedKey()}),)}, "args[0]{…}.lock", "_thread.lock"),
         ({"args": (Refuses(),)}, "args[0]", f"{__name__}.Refuses"),
         ({"args": (ValueError("x", LOCK),)}, "args[0].args[1]", "_thread.lock"),
-        ({"args": ((i for i in ()),)}, "args[0]", "generator"),
+        ({"args": ((i for i in "x"),)}, "args[0]", "generator"),
         ({"args": (1,), "request": {"x": LOCK}}, 'request["x"]', "_thread.lock"),
         ({"args": (1, 2, LOCK, LOCK)}, "args[2]", "_thread.lock"),
     ],
@@ -266,7 +270,11 @@ def test_parts_that_cannot_be_pickled_together_are_named_together() -> None:
             super().dump(obj)
 
     error = pickling.refusal(
-        {"args": 1, "kwargs": 2}, RuntimeError("too much"), task="x", what="argument", pickler=OnlyOnce
+        {"args": 1, "kwargs": 2},
+        RuntimeError("too much"),
+        task="x",
+        what="argument",
+        pickler=OnlyOnce,
     )
 
     assert error.path == "argument"

@@ -1,10 +1,11 @@
 """Messages, frames, and all that a peer can get wrong; not one byte goes through a socket."""
 
+import itertools
 import json
 import mmap
 import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -147,7 +148,11 @@ def test_messages_keep_their_order() -> None:
 
 
 def test_a_message_of_each_kind_has_a_number_of_its_own() -> None:
-    kinds = {frame.kind for message in MESSAGES for frame in feed(FrameReader(LIMITS), as_bytes([message]))}
+    kinds = {
+        frame.kind
+        for message in MESSAGES
+        for frame in feed(FrameReader(LIMITS), as_bytes([message]))
+    }
 
     assert kinds == set(Kind)
 
@@ -167,7 +172,7 @@ def test_a_large_buffer_is_not_copied_on_its_way_out() -> None:
 
 
 def test_a_typed_buffer_is_counted_in_bytes() -> None:
-    numbers = memoryview(bytearray(80)).cast("d")
+    numbers: Any = memoryview(bytearray(80)).cast("d")
 
     (message,) = read([as_bytes([Call(b"", [numbers])])])
 
@@ -207,7 +212,9 @@ def test_a_sequence_cut_at_any_point_gives_the_whole_messages_before_it_and_is_p
         assert reader.is_partial == (cut not in {0, *ends})
 
 
-SIZES = st.sampled_from([0, 1, 100, SCRATCH_SIZE - 17, SCRATCH_SIZE, MAPPED_FROM - 1, MAPPED_FROM + 5])
+SIZES = st.sampled_from(
+    [0, 1, 100, SCRATCH_SIZE - 17, SCRATCH_SIZE, MAPPED_FROM - 1, MAPPED_FROM + 5]
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -222,7 +229,7 @@ def test_any_messages_in_any_chunks_are_read_as_they_were_sent(
     data = as_bytes(messages)
     at = sorted({0, len(data), *(int(cut * len(data)) for cut in cuts)})
 
-    chunks = (data[begin:end] for begin, end in zip(at, at[1:], strict=False))
+    chunks = (data[begin:end] for begin, end in itertools.pairwise(at))
 
     assert plain(read(chunks)) == messages
 
@@ -318,7 +325,7 @@ def test_bytes_that_are_no_frame_are_refused(data: bytes) -> None:
 def test_a_length_beyond_the_limits_is_refused_before_anything_is_allocated(
     limits: Limits, frame: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allocated = []
+    allocated: list[int] = []
     monkeypatch.setattr(protocol, "_allocate", allocated.append)
     reader = FrameReader(limits)
     tracemalloc.start()

@@ -107,7 +107,14 @@ def test_the_task_s_own_value_goes_before_the_app_s(
 @pytest.mark.parametrize(("option", "attribute", "value", "other"), VALUES)
 @pytest.mark.parametrize("pattern", ["tasks.render", "*"])
 def test_an_annotation_goes_before_the_task_s_own_value(
-    *, app: Celery, make_task: MakeTask, option: str, attribute: str, value: Any, other: Any, pattern: str
+    *,
+    app: Celery,
+    make_task: MakeTask,
+    option: str,
+    attribute: str,
+    value: Any,
+    other: Any,
+    pattern: str,
 ) -> None:
     app.conf.task_annotations = {pattern: {option: value}}
 
@@ -178,7 +185,20 @@ BAD: list[tuple[str, Any]] = [
         ("batch_memory_limit", value)
         for value in [
             *(0, -1, 1.5, True, b"1GiB", [1], math.inf),
-            *("", "big", "1 PiB", "1iB", "-1GiB", "1e9", "1.GiB", "GiB", "0", "0MiB", "0.1B", "1 GiB x"),
+            *(
+                "",
+                "big",
+                "1 PiB",
+                "1iB",
+                "-1GiB",
+                "1e9",
+                "1.GiB",
+                "GiB",
+                "0",
+                "0MiB",
+                "0.1B",
+                "1 GiB x",
+            ),
         ]
     ),
     *(("batch_size", value) for value in [0, -1, 1.5, "2", True]),

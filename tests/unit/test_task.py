@@ -3,19 +3,21 @@
 import threading
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from celery import Celery
 
-from isolated_tasks import IsolatedTask, UnpicklableError, worker
+from isolated_tasks import IsolatedTask, UnpicklableError
 
 
 @pytest.fixture
 def app() -> Iterator[Celery]:
+    before = psutil.Process().children()
     with Celery("task", set_as_current=False) as app:
         app.conf.isolated_eager = True
         yield app
     # What the tests below are about: nobody has started a forkserver.
-    assert worker._process.launcher is None
+    assert psutil.Process().children() == before
 
 
 def test_an_argument_that_cannot_be_pickled_starts_no_process(app: Celery) -> None:

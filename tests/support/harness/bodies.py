@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import fcntl
 import gc
+import importlib
 import json
 import os
 import random
@@ -94,7 +95,7 @@ def _stranger(base: type) -> type:
     module = types.ModuleType("only_there")
     sys.modules["only_there"] = module
     module.Stranger = type("Stranger", (base,), {"__module__": "only_there"})  # type: ignore[attr-defined]
-    return module.Stranger  # type: ignore[no-any-return,attr-defined]
+    return module.Stranger  # type: ignore[no-any-return]
 
 
 # ── deaths ──────────────────────────────────────────────────────────────────────────────────────
@@ -147,6 +148,23 @@ def call_socket() -> int:
 
 def talk_nonsense() -> None:
     os.write(call_socket(), b"GET / HTTP/1.1\r\n\r\n")
+
+
+def talk_nonsense_and_leave(code: int) -> NoReturn:
+    talk_nonsense()
+    os._exit(code)
+
+
+def talk_nonsense_later(mailbox: str, fifo: str) -> int:
+    """Do so from a thread, when the call is over."""
+
+    def work() -> None:
+        wait_for_word(fifo)
+        talk_nonsense()
+        report(mailbox, "done")
+
+    threading.Thread(target=work, daemon=True).start()
+    return os.getpid()
 
 
 def close_all_descriptors() -> None:
@@ -314,6 +332,10 @@ def variable_of_a_program(name: str) -> str:
     return run.stdout.rstrip("\n")
 
 
+def file_of(module: str) -> str | None:
+    return importlib.import_module(module).__file__
+
+
 def interpreter_state() -> dict[str, Any]:
     import multiprocessing
 
@@ -441,6 +463,17 @@ def meet_in_joblib(fifo: str) -> list[int]:
 
     jobs = (joblib.delayed(meet)(fifo, number) for number in (0, 1))
     return list(joblib.Parallel(n_jobs=2)(jobs))
+
+
+def use_the_standard_library() -> list[object]:
+    """What gevent and eventlet patch, and what they need a hub for."""
+    time.sleep(0.001)
+    results: list[object] = []
+    thread = threading.Thread(target=results.append, args=("thread",))
+    thread.start()
+    thread.join()
+    results.append(subprocess.run(["sh", "-c", "exit 3"], check=False).returncode)
+    return results
 
 
 # ── for the forkserver's own tests ──────────────────────────────────────────────────────────────

@@ -1,8 +1,11 @@
 """``python -m harness.owner MAILBOX ENDING``: a main process with a forkserver.
 
-It reports the pids of the forkserver and the directory of the socket; then it does what ENDING says:
-"call" waits for a body that hangs, "preload" for a preload that hangs, "fork" has a copy stop what is
-not the copy's, "exit" leaves without a word.
+It reports the pid of the forkserver and the directory of the socket; then it does what ENDING says:
+
+call     wait for a body that hangs
+preload  wait for a preload that hangs
+fork     have a copy stop what is not the copy's
+exit     leave without a word
 """
 
 import os

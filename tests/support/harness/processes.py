@@ -97,6 +97,10 @@ class Background:
         return self._result
 
 
+class Interrupted(Exception):
+    """What a signal handler raises in the middle of a wait, as Celery's time limits do."""
+
+
 class Mailbox:
     """Where processes tell the test something (`bodies.report`), whoever they belong to."""
 
@@ -183,3 +187,16 @@ def wait_status(pid: int, *statuses: str) -> None:
             return
         tick.wait(0.005)
     raise AssertionError(f"it never was {statuses}: {marks.describe(process)}")
+
+
+def wait_connected(address: str) -> None:
+    """Wait until somebody waits for the forkserver to accept a connection."""
+    tick = threading.Event()
+    for _ in range(int(PATIENCE / 0.005)):
+        # unix(7): each connection is listed under the address of the listener; st 03 is connected,
+        # and the first line is the listener itself.
+        with open("/proc/net/unix") as file:
+            if sum(line.rstrip().endswith(address) for line in file) > 1:
+                return
+        tick.wait(0.005)
+    raise AssertionError("nobody connects")

@@ -1,4 +1,4 @@
-"""``python -m harness.requester ADDRESS MAILBOX HOW``: has a child of its own hang, and waits for it.
+"""``python -m harness.requester ADDRESS MAILBOX HOW``: waits for a child that hangs.
 
 With ``--copy`` at the end it forks before that; the copy reports its pid and stays.
 """
