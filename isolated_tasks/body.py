@@ -79,7 +79,8 @@ def load_app(argument: bytes) -> None:
     try:
         _adopt(_import(description["location"]) or _rebuild(description["parts"]), description)
     except BaseException:
-        _adopt(_rebuild(description["parts"]), description)
+        # Without importing its tasks: that is what fails. They come by value.
+        _adopt(_rebuild(description["parts"]), description, import_tasks=False)
         raise
 
 
@@ -97,11 +98,12 @@ def _rebuild(parts: bytes) -> Celery:
     return app
 
 
-def _adopt(app: Celery, description: dict[str, Any]) -> None:
+def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = True) -> None:
     global _app
     _app = app
     app.conf.update(description["changes"])
-    app.loader.init_worker()
+    if import_tasks:
+        app.loader.init_worker()
     # Current and default app, finalised, and the patch by which calling a plain task in a body
     # behaves as it does in a worker.
     trace.setup_worker_optimizations(app, description["hostname"])

@@ -51,6 +51,16 @@ def is_by_value(task: Task) -> bool:
     return type(task).__module__ == "__main__" or getattr(module, "__spec__", None) is None
 
 
+def _is_made_by_import(task: Task) -> bool:
+    """Whether importing its module makes this task; a factory's is in no module."""
+    if is_by_value(task):
+        return False
+    module = sys.modules[type(task).__module__]
+    return any(
+        isinstance(value, Task) and value.name == task.name for value in vars(module).values()
+    )
+
+
 class Pickler(cloudpickle.Pickler):
     """Pickles tasks that cannot be imported, and the app, by name.
 
@@ -76,7 +86,7 @@ class Pickler(cloudpickle.Pickler):
         if isinstance(obj, Task) and obj.name:
             # What a decorator leaves in a module is a proxy; the registry has the task itself.
             task = obj.app.tasks.get(obj.name, obj)
-            if task.name in self._unknown or is_by_value(task):
+            if task.name in self._unknown or not _is_made_by_import(task):
                 self.met[task.name] = task
                 return _task, (task.name,)
         if isinstance(obj, Celery):

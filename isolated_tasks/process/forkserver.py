@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> NoReturn:
     preload.adopt(boot)
     began = time.monotonic()
     entries = preload.load(boot)
+    # A spawned child's ru_maxrss begins at the mark of the process that it was exec'd from.
+    system.reset_peak_rss()
     system.disarm_lifeline(lifeline)
     report = Loaded(
         pid=os.getpid(),

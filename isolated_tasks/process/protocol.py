@@ -372,8 +372,8 @@ class FrameReader:
         """Take note of ``count`` new bytes; return the frames that they complete.
 
         Raises:
-            ProtocolError: The bytes are not a frame, or one beyond the limits. Frames that were whole
-                before them are returned first; then `space` raises it.
+            ProtocolError: The bytes are not a frame, or one beyond the limits. Frames that were
+                whole before them are returned first; then `space` raises it.
         """
         if self._target is not None:
             self._target_filled += count

@@ -51,7 +51,7 @@ def nothing_leaks(
 @pytest.fixture(scope="session")
 def forkserver() -> Iterator[Launcher]:
     """A forkserver that no test may harm."""
-    launcher = Launcher(Plan(preload=["numpy", "harness.bodies"]))
+    launcher = Launcher(Plan(preload=["numpy", "numpy.random", "harness.bodies"]))
     launcher.start()
     launcher.wait_loaded(PATIENCE)
     pids = launcher.pids()

@@ -183,8 +183,9 @@ def test_the_import_path_of_programs_is_what_it_was_here(
 
 
 def test_output_is_flushed_before_the_result_is_sent(
-    capfd: pytest.CaptureFixture[str], new_launcher: NewLauncher
+    capfd: pytest.CaptureFixture[str], new_launcher: NewLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     # Its forkserver writes to where this test looks. And its child lives on after the call, so
     # that no end of a process has flushed anything.
     slot = Slot(new_launcher().address, batch_size=2)

@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from harness.processes import (
     Slot,
     program,
     survivors,
+    wait_connected,
     wait_status,
 )
 from harness.stranger import request
 from isolated_tasks.errors import ChildLostError
-from isolated_tasks.process import protocol
+from isolated_tasks.process import child, protocol
 from isolated_tasks.process.launcher import Launcher
 from isolated_tasks.process.protocol import HEADER, Kind, Message
 
@@ -292,6 +294,21 @@ def test_descriptors_that_are_something_else_harm_the_child_alone(requester: Req
 # ── requesters that go away ─────────────────────────────────────────────────────────────────────
 
 
+def test_a_child_whose_lifeline_is_cut_before_it_is_born_does_not_live(
+    requester: Requester,
+) -> None:
+    # As if its requester had died just now, the control socket held open by somebody else.
+    call, _, crash = requester.descriptors
+    reader, writer = os.pipe()
+    os.close(writer)
+
+    requester.send(request(), [call, reader, crash])
+
+    requester.answer(Kind.STARTED)
+    assert requester.answer(Kind.EXITED)["exit_code"] == child.ExitCode.ORPHANED
+    os.close(reader)
+
+
 @pytest.mark.usefixtures("innocents")
 @pytest.mark.parametrize("length", [0, 1, HEADER.size - 1, HEADER.size, 50])
 def test_a_requester_that_goes_in_the_middle_of_its_request_is_forgotten(
@@ -346,8 +363,11 @@ def test_out_of_descriptors_requests_wait_until_there_are_some(
     slot = make_slot(address=launcher.address)
 
     with Background(slot.run, abs, -1) as call:
-        # It waits, and does not spin.
-        wait_status(pid, psutil.STATUS_SLEEPING)
+        wait_connected(launcher.address, more_than=len(idle) + 1)
+        # It waits, and does not spin: of that there is no event.
+        before = sum(psutil.Process(pid).cpu_times()[:2])
+        threading.Event().wait(0.3)
+        assert sum(psutil.Process(pid).cpu_times()[:2]) - before < 0.15
         for connection in idle:
             connection.close()
 

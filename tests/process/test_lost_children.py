@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 from harness import bodies
-from harness.processes import Background, Mailbox, Slot, survivors
+from harness.processes import PATIENCE, Background, Mailbox, Slot, survivors
 from isolated_tasks.errors import ChildLostError, ProtocolError
+from isolated_tasks.process import pickling
+from isolated_tasks.process.launcher import Launcher
+from isolated_tasks.process.options import ProcessOptions
+from isolated_tasks.process.supervisor import Supervisor
 
 MakeSlot = Callable[..., Slot]
+NewLauncher = Callable[..., Launcher]
 
 
 def lose(slot: Slot, body: Callable[..., object], *args: object) -> ChildLostError:
@@ -100,10 +105,24 @@ def test_the_error_says_whose_child_it_was_and_what_it_used(make_slot: MakeSlot)
         assert part in str(error)
 
 
-def test_the_peak_is_the_child_s_own_and_not_that_of_one_before(slot: Slot) -> None:
-    lose(slot, bodies.hold_and_leave, 200 << 20)
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_the_peak_is_the_child_s_own_and_not_the_forkserver_s(
+    *,
+    new_launcher: NewLauncher,
+    make_slot: MakeSlot,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    start_method: str,
+) -> None:
+    (tmp_path / "greedy.py").write_text("memory = bytearray(b'x') * (300 << 20); del memory")
+    monkeypatch.syspath_prepend(tmp_path)
+    launcher = new_launcher(preload=["greedy"])
+    slot = make_slot(address=launcher.address, start_method=start_method)
 
-    assert (lose(slot, bodies.leave, 0).peak_rss_bytes or 0) < 150 << 20
+    peak = lose(slot, bodies.leave, 0).peak_rss_bytes
+
+    assert peak is not None
+    assert 4 << 20 < peak < 150 << 20
 
 
 # ── when it ended ───────────────────────────────────────────────────────────────────────────────
@@ -159,11 +178,15 @@ def test_a_grandchild_that_holds_the_call_socket_open_does_not_delay_the_verdict
         assert survivors([daemon]) == set()
 
 
-def test_grandchildren_go_with_their_child(slot: Slot) -> None:
-    pids = slot.run(bodies.leave_grandchildren)
-    slot.close()
+def test_grandchildren_go_with_their_child(forkserver: Launcher) -> None:
+    supervisor = Supervisor(forkserver.address, ProcessOptions("test"))
+    pids = supervisor.call(pickling.dumps((bodies.leave_grandchildren, (), {}))).result()
 
+    # Its lifeline, which would end them too, is not cut before.
+    assert supervisor.wait_exited(PATIENCE)
     assert survivors(pids) == set()
+
+    supervisor.close()
 
 
 @pytest.mark.parametrize("body", [bodies.fork_and_both_return, bodies.fork_and_the_copy_raises])

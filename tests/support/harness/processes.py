@@ -189,14 +189,19 @@ def wait_status(pid: int, *statuses: str) -> None:
     raise AssertionError(f"it never was {statuses}: {marks.describe(process)}")
 
 
-def wait_connected(address: str) -> None:
-    """Wait until somebody waits for the forkserver to accept a connection."""
+def wait_connected(address: str, *, more_than: int = 1) -> None:
+    """Wait until somebody waits for the forkserver to accept a connection.
+
+    Args:
+        address: of the forkserver.
+        more_than: the listener itself, and the connections that are accepted.
+    """
     tick = threading.Event()
     for _ in range(int(PATIENCE / 0.005)):
         # unix(7): each connection is listed under the address of the listener; st 03 is connected,
         # and the first line is the listener itself.
         with open("/proc/net/unix") as file:
-            if sum(line.rstrip().endswith(address) for line in file) > 1:
+            if sum(line.rstrip().endswith(address) for line in file) > more_than:
                 return
         tick.wait(0.005)
     raise AssertionError("nobody connects")

@@ -1,0 +1,5 @@
+"""To be imported by a forkserver."""
+
+import os
+
+pid = os.getpid()
