@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
+import billiard
 from celery import _state
 from celery.app import trace
 from celery.app.task import Context
@@ -101,7 +101,7 @@ def _rebuild(parts: bytes) -> Celery:
 def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = True) -> None:
     global _app
     _app = app
-    app.conf.update(description["changes"])
+    app.conf.update({name: pickle.loads(value) for name, value in description["changes"].items()})
     if import_tasks:
         app.loader.init_worker()
     # Current and default app, finalised, and the patch by which calling a plain task in a body
@@ -134,12 +134,15 @@ def _location(app: Celery) -> str | None:
     return None
 
 
-def _picklable_settings(app: Celery) -> dict[str, Any]:
-    """What was changed in ``app.conf``; a default of Celery's own is not sent."""
+def _picklable_settings(app: Celery) -> dict[str, bytes]:
+    """What was changed in ``app.conf``, each pickled; a default of Celery's own is not sent.
+
+    They are loaded after the app: a value may be of a class whose module imports the app.
+    """
     changes = {}
     for name, value in dict(app.conf.changes).items():
         try:
-            cloudpickle.dumps(value)
+            changes[name] = bytes(pickling.dumps(value, pickler=byvalue.Pickler).body)
         except Exception as exc:
             logger.warning(
                 "setting %s cannot be pickled, so isolated bodies do not see a change that was "
@@ -147,8 +150,6 @@ def _picklable_settings(app: Celery) -> dict[str, Any]:
                 name,
                 exc,
             )
-        else:
-            changes[name] = value
     return changes
 
 
@@ -174,6 +175,8 @@ class Logs:
     hostname: str | None
     #: ``%(processName)s`` in the worker's formats.
     process_name: str
+    #: ``%i`` and ``%I`` in the name of the worker's log file; None where it is no pool process.
+    process_index: int | None
 
 
 @dataclass(frozen=True)
@@ -270,12 +273,19 @@ def _become_worker_process(app: Celery, call: BodyCall) -> None:
     app.__dict__.pop("oid", None)
     app._local = threading.local()
     app._backend_cache = None
+    for fixup in app._fixups:
+        # Django's: what a connection of the forkserver's would be to all its children, were it not
+        # dropped here, without a word to its server.
+        if hasattr(fixup, "worker_fixup"):
+            fixup.worker_fixup.on_worker_process_init()
     if call.logs is not None:
         _set_up_logging(app, call.logs)
 
 
 def _set_up_logging(app: Celery, logs: Logs) -> None:
     multiprocessing.current_process().name = logs.process_name
+    if logs.process_index is not None:
+        billiard.current_process().index = logs.process_index
     app.log.already_setup = False
     app.log.setup(logs.level, logs.file, logs.redirect, logs.redirect_level, hostname=logs.hostname)
 
@@ -294,4 +304,5 @@ def current_logs(hostname: str | None) -> Logs | None:
         redirect_level=os.environ.get("CELERY_LOG_REDIRECT_LEVEL") or "WARNING",
         hostname=hostname,
         process_name=multiprocessing.current_process().name,
+        process_index=getattr(billiard.current_process(), "index", None),
     )

@@ -164,13 +164,16 @@ def _isolate(
         join_will_block=_state._task_join_will_block,
         logs=body.current_logs(stack[-1][1].hostname),
     )
-    outcome = _run(task, call)
+    try:
+        outcome = _run(task, call)
+    except MemoryError as exc:
+        raise OutOfMemoryError(f"task {task.name!r}: its result does not fit here") from exc
     _take_over_children(task.app, stack[-1][1], outcome.notes.get("children", ()))
     if outcome.failure is not None:
-        exc = outcome.failure.exception()
-        if "retry" in outcome.notes and isinstance(exc, Retry):
-            exc.sig, exc.is_eager = signature(outcome.notes["retry"], app=task.app), True
-        raise _raisable(exc)
+        error = outcome.failure.exception()
+        if "retry" in outcome.notes and isinstance(error, Retry):
+            error.sig, error.is_eager = signature(outcome.notes["retry"], app=task.app), True
+        raise _raisable(error)
     return outcome.value
 
 

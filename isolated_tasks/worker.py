@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
+from celery.concurrency import solo
 
 from isolated_tasks import requester, settings
 from isolated_tasks.errors import ForkserverError
@@ -66,7 +67,8 @@ class IsolationStep(bootsteps.StartStopStep):
         requester.announce(app, self.launcher)
         # A pool process has one slot, and begins anew; all others are slots of this process.
         self._children = requester.children()
-        self._children.slots = max(1, parent.concurrency or 1)
+        is_solo = issubclass(parent.pool_cls, solo.TaskPool)
+        self._children.slots = 1 if is_solo else max(1, parent.concurrency or 1)
         return self
 
     def _check_options(self, task: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import enum
 import faulthandler
 import gc
 import logging
@@ -30,15 +31,13 @@ __all__ = ["ExitCode", "Inherited", "is_child", "main"]
 _is_child = False
 
 
-class ExitCode:
-    """How a child ends by itself."""
+class ExitCode(enum.IntEnum):
+    """How a child ends by itself; see docs/reference/exit-codes.md."""
 
     #: All calls served, or told to go.
     DONE = 0
     #: The requester was gone before the lifeline was armed.
     ORPHANED = 71
-    #: The call socket brought something that is not a call.
-    PROTOCOL = 76
     #: The child's own code failed; the traceback is on its stderr.
     INTERNAL = 70
 
@@ -78,7 +77,7 @@ def main(inherited: Inherited, spawn: Spawn, *, boot: Callable[[], None] | None 
     9. serve calls;
     10. run exit hooks, for a bounded time, and leave by ``os._exit``.
     """
-    code = ExitCode.INTERNAL
+    code: int = ExitCode.INTERNAL
     try:
         _be_born(inherited, spawn)
         failure = _boot(boot) if boot is not None else None

@@ -36,6 +36,11 @@ IGNORED_SIGNALS = (
     signal.SIGUSR2,
 )
 
+#: What children get to be gone when the main process is, in seconds.
+END_TIMEOUT = 5.0
+#: After this long a forkserver that could not accept for want of descriptors tries again.
+LISTEN_AGAIN_MILLISECONDS = 100
+
 _READ = system.POLL_READ
 _WRITE = system.POLL_WRITE
 
@@ -141,14 +146,18 @@ class _Loop:
         self._connections: dict[int, _Connection] = {}
         self._by_pid: dict[int, _Connection] = {}
         self._poll = system.poll()
+        self._patience: int | None = None
         for descriptor in (listener.fileno(), status.fileno(), self._wakeup):
             self._poll.register(descriptor, _READ)
 
     def run(self) -> None:
         """Serve until the main process is gone."""
         while not self._status.at_eof:
-            for descriptor, events in self._poll.poll():
+            ready = self._poll.poll(self._patience)
+            for descriptor, events in ready:
                 self._dispatch(descriptor, events)
+            if not ready:
+                self._listen(True)
         self._end()
 
     def _dispatch(self, descriptor: int, events: int) -> None:
@@ -162,6 +171,8 @@ class _Loop:
             self._serve(self._connections[descriptor], events)
 
     def _listen(self, listening: bool) -> None:
+        # Where the whole system is short of descriptors, none of ours need ever be closed.
+        self._patience = None if listening else LISTEN_AGAIN_MILLISECONDS
         self._poll.modify(self._listener.fileno(), _READ if listening else 0)
 
     # ── connections ─────────────────────────────────────────────────────────────────────────────
@@ -346,8 +357,9 @@ class _Loop:
         _remove(self._boot.directory)
         for pid in self._by_pid:
             system.signal_group(pid, signal.SIGKILL)
-        while self._by_pid:
-            system.wait_for(self._wakeup)
+        deadline = time.monotonic() + END_TIMEOUT
+        while self._by_pid and time.monotonic() < deadline:
+            system.wait_for(self._wakeup, timeout=deadline - time.monotonic())
             self._reap()
 
 

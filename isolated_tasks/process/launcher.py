@@ -322,7 +322,9 @@ def _inheritable(descriptors: Sequence[int]) -> Iterator[None]:
 def _private_directory() -> str:
     """A new directory of mode 0700, with a name short enough for a socket's address (unix(7))."""
     parent = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="isolated_tasks-", dir=parent if len(parent) < 60 else "/tmp")
+    return tempfile.mkdtemp(
+        prefix="isolated_tasks-", dir=parent if len(os.fsencode(parent)) < 60 else "/tmp"
+    )
 
 
 def _wait(descriptors: Sequence[int], event: int, timeout: float) -> None:

@@ -16,6 +16,7 @@ and debuggers show the lines of the body, with their source.
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import linecache
 import types
@@ -29,6 +30,11 @@ __all__ = ["Failure", "Frame", "Outcome"]
 
 #: Exceptions in one chain of causes and contexts that are carried over.
 MAX_CHAIN = 50
+#: Files that are in this process's linecache alone, and kept there: a generated one may have a new
+#: name in each call.
+MAX_REMEMBERED = 100
+_remembered: collections.deque[str] = collections.deque()
+
 #: Frames of one traceback that are carried over; of a deep recursion, the two ends.
 MAX_FRAMES = 200
 
@@ -140,7 +146,7 @@ def _describe(exc: BaseException, skip: types.FrameType | None, seen: set[int]) 
 def _text(exc: BaseException) -> str:
     try:
         return str(exc)
-    except Exception as error:
+    except BaseException as error:
         return f"<its __str__ raised {type(error).__name__}>"
 
 
@@ -272,5 +278,9 @@ def _remember_source(frame: Frame) -> None:
     lines.extend("\n" for _ in range(frame.lineno - len(lines)))
     lines[frame.lineno - 1] = frame.source or "\n"
     text_size = sum(len(line) for line in lines)
+    if frame.filename not in linecache.cache:
+        _remembered.append(frame.filename)
+        if len(_remembered) > MAX_REMEMBERED:
+            linecache.cache.pop(_remembered.popleft(), None)
     # A modification time of None tells linecache.checkcache to leave the entry alone.
     linecache.cache[frame.filename] = (text_size, None, lines, frame.filename)

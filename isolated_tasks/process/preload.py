@@ -5,6 +5,7 @@ Runs in the forkserver and, for its set-up alone, in a spawned child.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from isolated_tasks.process import system
@@ -45,10 +46,6 @@ def adopt(boot: Boot) -> None:
     else:
         os.environ["PYTHONPATH"] = boot.python_path
     sys.path[:] = boot.sys_path
-    # Celery's commands import from the current directory, but take it out of the path again. It
-    # stays here: a body may start processes that have to find the app's modules for themselves.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     sys.argv[:] = boot.argv
 
 
@@ -61,7 +58,8 @@ def set_up(boot: Boot) -> None:
     if not boot.setup:
         return
     module, _, function = boot.setup.partition(":")
-    getattr(importlib.import_module(module), function)(boot.setup_argument)
+    with _current_directory_first():
+        getattr(importlib.import_module(module), function)(boot.setup_argument)
 
 
 def load(boot: Boot) -> list[Entry]:
@@ -74,7 +72,7 @@ def load(boot: Boot) -> list[Entry]:
     if boot.setup:
         entries.append(_load_one(boot.setup_name, lambda: set_up(boot)))
     for module in boot.preload:
-        entries.append(_load_one(module, functools.partial(importlib.import_module, module)))
+        entries.append(_load_one(module, functools.partial(_import, module)))
     # What is still in a buffer would be written again by every child.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -83,6 +81,31 @@ def load(boot: Boot) -> list[Entry]:
     gc.disable()
     gc.freeze()
     return entries
+
+
+def _import(module: str) -> None:
+    with _current_directory_first():
+        importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _current_directory_first() -> Iterator[None]:
+    """Import as Celery's commands do: from the current directory before all others.
+
+    They take it out of the path again. Here it stays, as the last: a body may start processes that
+    have to find the app's modules for themselves, and must not find a module there that has the
+    name of one of the standard library.
+    """
+    directory = os.getcwd()
+    known = directory in sys.path
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+        if not known:
+            sys.path.append(directory)
 
 
 def _load_one(name: str, action: Callable[[], object]) -> Entry:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from isolated_tasks.errors import (
     ChildLostError,
@@ -35,12 +36,36 @@ __all__ = ["NotBegunError", "Supervisor"]
 logger = logging.getLogger(__name__)
 
 _RETRY_CONNECT_SECONDS = 0.05
+#: What loading a pickle raises, by the pickle module's own words and in practice.
+UNLOADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
 #: How often `Supervisor.call` does something else while it waits for its child.
 _CHECK_SECONDS = 0.5
 
 
 class NotBegunError(Exception):
     """The child went before it accepted the call: nothing of it has run, another child may."""
+
+
+@contextlib.contextmanager
+def _as_forkserver_error(address: str) -> Iterator[None]:
+    """Turn what the system refuses us (EMFILE, ENOMEM) into our own error."""
+    try:
+        yield
+    except OSError as exc:
+        raise ForkserverError(
+            f"no child can be asked for at {address}: {exc}",
+            {"address": address, "errno": exc.errno},
+        ) from exc
 
 
 class Supervisor:
@@ -56,7 +81,6 @@ class Supervisor:
     """
 
     def __init__(self, address: str, options: ProcessOptions) -> None:
-        self._is_open = False
         self.options = options
         self.pid: int | None = None
         #: How the process ended; None while it lives, and where nobody could tell.
@@ -70,7 +94,7 @@ class Supervisor:
         self._forkserver_gone = False
         self._pidfd: int | None = None
         deadline = time.monotonic() + options.start_timeout
-        with contextlib.ExitStack() as if_it_fails:
+        with contextlib.ExitStack() as if_it_fails, _as_forkserver_error(address):
             self._lifeline = Lifeline()
             if_it_fails.callback(self._lifeline.close)
             self._crash = system.crash_file()
@@ -91,6 +115,9 @@ class Supervisor:
             self._selector.register(self._call.fileno(), selectors.EVENT_READ)
             if_it_fails.pop_all()
         self._is_open = True
+
+    #: Whether there is anything to give back; set last, so that `close` finds all or nothing.
+    _is_open = False
 
     def __del__(self) -> None:
         # An exception from outside (a signal handler's, a killed greenlet's) may have hit the owner
@@ -142,6 +169,11 @@ class Supervisor:
                 self._look_before(deadline)
             while self._life.state is State.RUNNING:
                 self._look(None)
+        except ProtocolError:
+            self.kill()
+            # An outcome that was here before the nonsense stands.
+            if self._outcome is None:
+                raise
         except BaseException:
             # A limit of the pool, a killed greenlet, an exit of the process: whatever takes the
             # caller away takes the child with it.
@@ -182,15 +214,17 @@ class Supervisor:
     def kill(self) -> None:
         """End the child and its group now, from wherever this is called; never waits.
 
-        Cutting the lifeline has the kernel do it. The signal through the forkserver, and the one
-        through the pidfd where the forkserver is gone, are for kernels without a lifeline.
+        Cutting the lifeline has the kernel do it. The signals through the pidfd and through the
+        forkserver are for kernels without a lifeline.
         """
         self._life.handle(Event.DISMISS)
         self._lifeline.close()
-        if self._forkserver_gone:
-            if self._pidfd is not None:
-                system.signal_pidfd_group(self._pidfd, signal.SIGKILL)
-        elif self._life.state is not State.EXITED:
+        if self._life.state is State.EXITED:
+            return
+        # Both: that the forkserver is gone may not have been seen yet.
+        if self._pidfd is not None:
+            system.signal_pidfd_group(self._pidfd, signal.SIGKILL)
+        if not self._forkserver_gone:
             self._write(self._control, protocol.Signal(signal.SIGKILL))
 
     def close(self) -> None:
@@ -373,9 +407,10 @@ class Supervisor:
     def _load(self, message: protocol.Outcome) -> Outcome:
         try:
             outcome = pickling.loads(Pickled(message.pickled, message.buffers))
-        except Exception as exc:
+        except UNLOADABLE as exc:
             # It could be pickled there and cannot be loaded here: a class of a module that only
-            # the body imported, or a __setstate__ that fails.
+            # the body imported, or a __setstate__ that fails. Not all exceptions: a time limit of
+            # the pool, or a want of memory, may come just now and is something else.
             raise UnpicklableError(
                 f"task {self.options.name!r}: the result of {self!r} cannot be loaded here: "
                 f"{type(exc).__name__}: {exc}",

@@ -20,6 +20,8 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
+import psutil
+
 __all__ = [
     "MAXRSS_UNIT_BYTES",
     "arm_lifeline",
@@ -306,11 +308,12 @@ def reset_peak_rss() -> bool:
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process, in bytes; 0 where the system does not tell."""
+    """Resident memory of this process, in bytes."""
     try:
         descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return 0
+        rss: int = psutil.Process().memory_info().rss
+        return rss
     try:
         return int(os.read(descriptor, 256).split()[1]) * _PAGE_SIZE
     finally:

@@ -65,6 +65,9 @@ class Lifeline:
     Whoever holds it must be the only one, and never writes to it.
     """
 
+    # What `close` finds where pipe(2) has failed.
+    reader = _writer = -1
+
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe()
         own(self)
@@ -72,8 +75,10 @@ class Lifeline:
     def close_reader(self) -> None:
         """Close our copy of the child's end, once it has been sent."""
         if self.reader >= 0:
-            os.close(self.reader)
-            self.reader = -1
+            # Forgotten first: an exception may come between any two lines, and the number be
+            # somebody else's by the time that this is called again.
+            reader, self.reader = self.reader, -1
+            os.close(reader)
 
     @property
     def is_cut(self) -> bool:
@@ -88,6 +93,7 @@ class Lifeline:
             os.close(writer)
 
     abandon = close
+    __del__ = close
 
 
 class Channel:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import psutil
 import pytest
 
+from harness import marks
+from harness.processes import PATIENCE
 from harness.worker import Worker
 
 StartWorker = Callable[..., Worker]
@@ -28,11 +30,24 @@ def send(worker: Worker, task: str, *, calls: int, size: int) -> None:
 def memory(worker: Worker) -> Mapping[str, tuple[int, int]]:
     """USS and RSS of each process, by its role."""
     forkserver = int(re.findall(r"forkserver pid=(\d+) loaded", worker.log())[-1])
+    # The child of the last call has sent its outcome, and may be on its way out.
+    assert marks.wait(psutil.Process(forkserver).children(), timeout=PATIENCE) == []
     sizes = {}
-    for process in worker.tree():
-        with process.oneshot():
-            sizes[role(process, worker, forkserver)] = own(process)
+    processes = worker.tree()
+    # The child of the last call may still be in its exit hooks.
+    psutil.wait_procs([process for process in processes if is_child(process, forkserver)], 30)
+    for process in processes:
+        if process.is_running():
+            with process.oneshot():
+                sizes[role(process, worker, forkserver)] = own(process)
     return sizes
+
+
+def is_child(process: psutil.Process, forkserver: int) -> bool:
+    try:
+        return process.ppid() == forkserver
+    except psutil.NoSuchProcess:
+        return True
 
 
 def role(process: psutil.Process, worker: Worker, forkserver: int) -> str:

@@ -57,7 +57,9 @@ def test_a_child_is_a_main_process_of_its_own_to_python(
 ) -> None:
     state = make_slot(start_method=start_method).run(bodies.interpreter_state)
 
-    assert state["path"] == [os.path.abspath(path) for path in sys.path]
+    path = [os.path.abspath(folder) for folder in sys.path]
+    # With the current directory, from which Celery's commands load the app.
+    assert state["path"] == (path if os.getcwd() in path else [*path, os.getcwd()])
     assert state["argv"] == sys.argv
     assert state["stdin"] == ""
     assert state["gc"] is True

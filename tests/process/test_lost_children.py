@@ -223,6 +223,14 @@ def test_garbage_and_the_end_together_fail_their_own_call(slot: Slot) -> None:
     assert slot.run(abs, -1) == 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_outcome_stands_whatever_comes_after_it(make_slot: MakeSlot, batch_size: int) -> None:
+    slot = make_slot(batch_size=batch_size)
+
+    assert slot.run(bodies.send_an_outcome_and_nonsense) == "it stands"
+    assert slot.run(abs, -1) == 1
+
+
 def test_garbage_after_the_outcome_does_not_take_it_back_and_harms_no_call(slot: Slot) -> None:
     assert slot.run(bodies.register, bodies.talk_nonsense) == "registered"
     assert slot.run(bodies.register, bodies.talk_nonsense) == "registered"

@@ -150,6 +150,17 @@ def talk_nonsense() -> None:
     os.write(call_socket(), b"GET / HTTP/1.1\r\n\r\n")
 
 
+def send_an_outcome_and_nonsense() -> None:
+    """Have both arrive at once."""
+    from isolated_tasks.process import pickling, protocol
+    from isolated_tasks.process.outcome import Outcome
+
+    pickled = pickling.dumps(Outcome(value="it stands"))
+    frame = protocol.encode(protocol.Outcome(pickled.body, pickled.buffers))
+    os.write(call_socket(), b"".join(map(bytes, frame)) + b"GET / HTTP/1.1\r\n\r\n")
+    time.sleep(1000)
+
+
 def talk_nonsense_and_leave(code: int) -> NoReturn:
     talk_nonsense()
     os._exit(code)
