@@ -10,6 +10,7 @@ import contextlib
 import errno
 import faulthandler
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +37,9 @@ IGNORED_SIGNALS = (
     signal.SIGUSR2,
 )
 
+#: While a request is served: its connection, what comes with it, a pidfd, a spawned child's
+#: description, and one to spare for what happens meanwhile.
+REQUEST_DESCRIPTORS = 1 + protocol.SPAWN_DESCRIPTORS + 3
 #: What children get to be gone when the main process is, in seconds.
 END_TIMEOUT = 5.0
 #: After this long a forkserver that could not accept for want of descriptors tries again.
@@ -147,6 +151,7 @@ class _Loop:
         self._by_pid: dict[int, _Connection] = {}
         self._poll = system.poll()
         self._patience: int | None = None
+        self._own_descriptors = len(_open_descriptors())
         for descriptor in (listener.fileno(), status.fileno(), self._wakeup):
             self._poll.register(descriptor, _READ)
 
@@ -177,7 +182,15 @@ class _Loop:
 
     # ── connections ─────────────────────────────────────────────────────────────────────────────
 
+    def _has_room(self) -> bool:
+        """Whether a request can be taken whole: descriptors that find no room are lost."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return self._own_descriptors + len(self._connections) + REQUEST_DESCRIPTORS <= limit
+
     def _accept(self) -> None:
+        if not self._has_room():
+            self._listen(False)
+            return
         try:
             accepted, _ = self._listener.accept()
         except OSError as exc:

@@ -55,11 +55,10 @@ def set_up(boot: Boot) -> None:
     Raises:
         BaseException: Whatever it raises.
     """
-    if not boot.setup:
-        return
-    module, _, function = boot.setup.partition(":")
     with _current_directory_first():
-        getattr(importlib.import_module(module), function)(boot.setup_argument)
+        if boot.setup:
+            module, _, function = boot.setup.partition(":")
+            getattr(importlib.import_module(module), function)(boot.setup_argument)
 
 
 def load(boot: Boot) -> list[Entry]:

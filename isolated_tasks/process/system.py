@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import os
 import select
 import signal
@@ -156,10 +157,12 @@ def is_closed_by_peer(descriptor: int) -> bool:
 def interpreter(module: str) -> list[str]:
     """The command that runs one of our modules as this interpreter would be run again."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    # `-m` alone puts the current directory first on the import path, before the standard library.
     if sys.version_info >= (3, 11):
-        # Or the current directory would come first on the import path, before everything else.
-        flags = [*flags, "-P"]
-    return [sys.executable, *flags, "-m", module]
+        return [sys.executable, *flags, "-P", "-m", module]
+    # Python 3.10 has no -P. The folder of a file that is run comes first just so, but that is ours.
+    spec = importlib.util.find_spec(module)
+    return [sys.executable, *flags, str(spec.origin if spec else module)]
 
 
 def open_pidfd(pid: int) -> int | None:

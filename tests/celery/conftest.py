@@ -102,7 +102,10 @@ class Workplace:
         """Stop all; return a line for each process or temporary file that a worker left."""
         with self._cleanup:
             left = [line for worker in self._workers for line in worker.close()]
-        left += [f"file {path}" for path in sorted(self.temporary.rglob("*"))]
+        # What billiard makes in the main process, and a killed one cannot remove.
+        excused = "pymp-" if any(worker.was_killed for worker in self._workers) else "none"
+        files = [path for path in sorted(self.temporary.rglob("*")) if excused not in path.name]
+        left += [f"file {path}" for path in files]
         shutil.rmtree(self.temporary)
         return left
 

@@ -90,6 +90,8 @@ def test_eager_calls_are_isolated_if_they_shall_be(
     for how in ("apply", "always eager"):
         assert seen[how]["pid"] not in (own, forkserver)
         assert seen[how]["parent"] == forkserver
+    assert len(set(seen["nested"])) == 1
+    assert own not in seen["nested"]
     assert seen["retry"][0] == 2
     assert seen["retry"][1] != own
     assert len({*seen["map"], own}) == 3

@@ -45,13 +45,6 @@ def forkserver_pid(worker: Worker) -> int:
     return int(worker.wait_for_log(r"forkserver pid=(\d+) loaded")[1])
 
 
-def kill(worker: Worker, workplace: Workplace) -> None:
-    """Kill the main process, which then cannot remove billiard's own temporary folder."""
-    worker.kill()
-    for folder in workplace.temporary.glob("pymp-*"):
-        folder.rmdir()
-
-
 @pytest.mark.parametrize(("pool", "how"), CASES)
 def test_a_killed_worker_takes_its_bodies_along(
     workplace: Workplace, mailbox: Mailbox, pool: str, how: str
@@ -62,7 +55,7 @@ def test_a_killed_worker_takes_its_bodies_along(
     everything = {process.pid for process in running.tree()}
     assert everything >= {*pids, forkserver}
 
-    kill(running, workplace)
+    running.kill()
 
     assert survivors(pids) == set()
     # The forkserver goes too, and takes its socket along: the fixture looks for files.
@@ -92,7 +85,7 @@ def test_a_worker_of_the_same_name_starts_where_one_was_killed(
 ) -> None:
     first = workplace.start("isolated", args=["-n", "twin@localhost"], ready=False)
     pids = hang(first, mailbox, "asleep")
-    kill(first, workplace)
+    first.kill()
     assert survivors(pids) == set()
 
     second = workplace.start("isolated", args=["-n", "twin@localhost"], ready=False)

@@ -35,6 +35,7 @@ def main() -> dict[str, Any]:
         "apply": in_place.unsaid.apply().get(),
         "never": in_place.never.apply().get(),
         "map": xmap(in_place.pid_for.s(), [1, 2], app=in_place.app).apply().get(),
+        "nested": in_place.apply_another.apply().get(),
         "retry": in_place.retry_until.apply((2,)).get(),
         "script": of_this_script.apply((3,)).get(),
     }

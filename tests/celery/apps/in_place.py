@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from celery import Task
+from celery.canvas import xmap
 
 from harness.app import make_app
 from isolated_tasks import IsolatedTask
@@ -55,3 +56,8 @@ def take(*args: Any) -> int:
 @app.task(base=IsolatedTask)
 def pid_for(_: object) -> int:
     return os.getpid()
+
+
+@app.task(base=IsolatedTask)
+def apply_another() -> list[int]:
+    return [os.getpid(), unsaid.apply().result["pid"], *xmap(pid_for.s(), [1]).apply().result]

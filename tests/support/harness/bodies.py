@@ -487,6 +487,11 @@ def use_the_standard_library() -> list[object]:
     return results
 
 
+def tell_pid_after(body: Callable[..., object], *args: object) -> int:
+    body(*args)
+    return os.getpid()
+
+
 # ── for the forkserver's own tests ──────────────────────────────────────────────────────────────
 
 

@@ -107,6 +107,8 @@ class Worker:
         self.app = app
         #: Whether the last `stop` had to use SIGKILL.
         self.killed = False
+        #: Whether the main process was killed, and could not remove billiard's temporary folder.
+        self.was_killed = False
         #: For `destination=` of remote control.
         self.name = name
         # Seconds between the end of the last task and a shutdown, see `stop`.
@@ -221,6 +223,7 @@ class Worker:
 
         Popen reaps it, here as everywhere: psutil would swallow the exit code.
         """
+        self.was_killed = True
         self.process.kill()
         return self.process.wait()
 
