@@ -70,8 +70,10 @@ def test_a_child_is_named_and_killed(before: Snapshot) -> None:
 
 
 def test_an_orphan_in_another_session_is_named_and_killed(before: Snapshot) -> None:
-    options = "stdout=s.DEVNULL, start_new_session=True"
-    start = f"import subprocess as s; print(s.Popen({SLEEP!r}, {options}).pid)"
+    # Its parent ends when it is up: a process that is just being made has no environment to look at.
+    options = "stdout=s.PIPE, start_new_session=True"
+    start = f"import subprocess as s; p = s.Popen({SLEEP!r}, {options}); p.stdout.readline()"
+    start += "; print(p.pid)"
     parent = subprocess.run([sys.executable, "-c", start], stdout=subprocess.PIPE, check=True)
     pid = int(parent.stdout.split()[-1])
 
