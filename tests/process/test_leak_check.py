@@ -70,7 +70,7 @@ def test_a_child_is_named_and_killed(before: Snapshot) -> None:
 
 
 def test_an_orphan_in_another_session_is_named_and_killed(before: Snapshot) -> None:
-    # Its parent ends when it is up: a process that is just being made has no environment to look at.
+    # Its parent ends when it is up: one that is just being made has no environment to look at.
     options = "stdout=s.PIPE, start_new_session=True"
     start = f"import subprocess as s; p = s.Popen({SLEEP!r}, {options}); p.stdout.readline()"
     start += "; print(p.pid)"
