@@ -7,14 +7,16 @@ The package has two wings, and imports point down only (a test says so)::
     requester   what the slots of a process share: children, and the way to a forkserver
     body        inside the child: rebuild task.request, run the body
     byvalue     tasks that the forkserver cannot import
+    context     what code keeps around a task: context variables, tracing, bound log fields
+    signals     our own signals, sent in the slot and in the child
     settings    task attributes and app.conf become options
     ──────────  below this line nothing knows of Celery
     process/    run any callable in a child: see its own map
     ──────────
     errors      every exception; imports nothing
 
-What is exported here, the ``isolated_*`` settings and ``isolated_tasks.errors`` are public;
-everything else may change. Names are loaded on first use (PEP 562), because the forkserver and a
+What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors`` and
+``isolated_tasks.signals`` are public; everything else may change. Names are loaded on first use (PEP 562), because the forkserver and a
 spawned child import this package too and must be free to do so without Celery.
 """
 
