@@ -72,7 +72,7 @@ def capture(task: Any, task_id: str | None) -> Carried:
 
 
 @contextlib.contextmanager
-def restored(carried: Carried) -> Iterator[dict[str, Any]]:
+def restored(carried: Carried | None) -> Iterator[dict[str, Any]]:
     """Put in place, in the child, what was captured; for as long as the body runs.
 
     The block runs in a context of its own, a copy of the process's: whatever it sets, here or in
@@ -81,6 +81,7 @@ def restored(carried: Carried) -> Iterator[dict[str, Any]]:
     Yields:
         What receivers of `signals.before_isolated_call` gave.
     """
+    carried = carried or NOTHING
     with _fresh_context(), contextlib.ExitStack() as stack:
         for place, pickled in carried.variables.items():
             _restore_variable(place, pickled)
