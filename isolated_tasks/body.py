@@ -6,8 +6,12 @@ call. What is sent to them is described by `describe_app` and `BodyCall`, in the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import copy
+import functools
 import importlib
+import locale
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -15,17 +19,21 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import billiard
-from celery import _state
+import kombu.serialization
+from celery import _state, signals
 from celery.app import trace
 from celery.app.task import Context
 from celery.exceptions import Retry
+from celery.result import result_from_tuple
+from celery.utils.saferepr import saferepr
 
-from isolated_tasks import byvalue
+from isolated_tasks import byvalue, context, settings
+from isolated_tasks import signals as own_signals
 from isolated_tasks.errors import ForkserverError
 from isolated_tasks.process import pickling
 from isolated_tasks.process.outcome import Failure, Outcome
@@ -40,6 +48,9 @@ logger = logging.getLogger(__name__)
 #: Where not to look for the app: `__main__` is another module in the forkserver, and Celery's own
 #: modules hold whichever app is current.
 _NOT_SEARCHED = frozenset({"__main__", "__mp_main__", "celery", "isolated_tasks"})
+
+#: Libraries may take this long, in seconds, to send what they have buffered, when a child exits.
+FLUSH_SECONDS = 3.0
 
 #: The app that this forkserver or child has loaded.
 _app: Celery | None = None
@@ -60,6 +71,8 @@ def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
         "hostname": hostname,
         "changes": _picklable_settings(app),
         "parts": _parts(app),
+        # The rest of what a process has is inherited by the forkserver that the worker starts.
+        "locale": locale.setlocale(locale.LC_ALL),
     }
     title = f"app {location}" if location else f"app {app.main or 'default'} (rebuilt)"
     return title, bytes(pickling.dumps(description, pickler=byvalue.Pickler).body)
@@ -76,6 +89,8 @@ def load_app(argument: bytes) -> None:
         BaseException: What the import raised.
     """
     description = pickle.loads(argument)
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_ALL, description["locale"])
     try:
         _adopt(_import(description["location"]) or _rebuild(description["parts"]), description)
     except BaseException:
@@ -184,6 +199,8 @@ class BodyCall:
     """Everything that the body of a task finds around itself."""
 
     task: str
+    #: Of the message that the call belongs to; None for an errback in the main process.
+    task_id: str | None
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     #: Outermost first. The last is the task's own, unless it is called directly.
@@ -192,7 +209,11 @@ class BodyCall:
     directly: bool
     #: Whether ``AsyncResult.get()`` is refused.
     join_will_block: bool
+    #: Nobody stores the result.
+    result_is_ignored: bool
     logs: Logs | None
+    #: See `context`.
+    carried: context.Carried | None = None
     #: Tasks that come by value.
     definitions: list[bytes] = field(default_factory=list)
 
@@ -217,37 +238,123 @@ def run(call: BodyCall) -> Outcome:
     missing = [name for name in (call.task, *(e.task for e in call.stack)) if name not in app.tasks]
     if missing:
         return Outcome(value=UnknownTask(missing[0]))
-    task = app.tasks[call.task]
-    frame = sys._getframe()
-    with _stack(app, call.stack) as contexts:
-        try:
-            function = task if call.directly else task.callable_in_child()
-            outcome = Outcome(value=function(*call.args, **call.kwargs))
-        except BaseException as exc:
-            outcome = Outcome(failure=Failure.of(exc, skip=frame))
-            if isinstance(exc, Retry) and exc.is_eager and exc.sig is not None:
-                # What apply() runs next, and a pickled Retry loses.
-                outcome.notes["retry"] = dict(exc.sig)
-    children = [child.as_tuple() for child in contexts[-1]._children or ()]
-    outcome.notes["children"] = children
+    with _stack(app, call.stack) as requests:
+        canvas = _canvas(requests[-1]) if requests else {}
+        outcome = _outcome(app.tasks[call.task], call)
+        if requests:
+            outcome.notes["children"] = [one.as_tuple() for one in requests[-1]._children or ()]
+            outcome.notes["request"] = _changes(requests[-1], call.stack[-1].request, canvas)
     return outcome
 
 
+def _outcome(task: Any, call: BodyCall) -> Outcome:
+    frame = sys._getframe()
+    try:
+        with _surroundings(task, call):
+            function = task if call.directly else task.callable_in_child()
+            value = function(*call.args, **call.kwargs)
+    except BaseException as exc:
+        outcome = Outcome(failure=Failure.of(exc, skip=frame))
+        if isinstance(exc, Retry) and exc.is_eager and exc.sig is not None:
+            # What apply() runs next, and a pickled Retry loses.
+            outcome.notes["retry"] = dict(exc.sig)
+        return outcome
+    stand_in = functools.partial(_stand_in, task, value, is_ignored=call.result_is_ignored)
+    return Outcome(value, stand_in=stand_in)
+
+
 @contextlib.contextmanager
-def _stack(app: Celery, entries: Sequence[StackEntry]):  # type: ignore[no-untyped-def]
+def _surroundings(task: Any, call: BodyCall) -> Iterator[None]:
+    """What code keeps around a task, here as it stands in the slot."""
+    arguments = {"task_id": call.task_id, "args": call.args, "kwargs": call.kwargs}
+    fixups = _worker_fixups(task.app)
+    with context.restored(call.carried) as carried:
+        for fixup in fixups:
+            fixup.on_task_prerun(sender=task)
+        own_signals.isolated_prerun.send(sender=task, carried=carried, **arguments)
+        try:
+            yield
+        finally:
+            own_signals.isolated_postrun.send(sender=task, carried=carried, **arguments)
+            for fixup in fixups:
+                fixup.on_task_postrun(sender=task)
+
+
+# ── what Celery looks at after the body ─────────────────────────────────────────────────────────
+
+#: Not taken back: the call's own, and what is taken back in another way.
+_NOT_TAKEN_BACK = frozenset({"args", "kwargs", "_children", "_protected"})
+
+#: What Celery's tracer reads from the request after the body, and a body may change in place.
+_CANVAS = ("callbacks", "errbacks", "chain", "chord")
+
+
+def _canvas(request: Context) -> dict[str, Any]:
+    values = {name: getattr(request, name) for name in _CANVAS}
+    return {name: copy.deepcopy(value) for name, value in values.items() if value}
+
+
+def _changes(
+    request: Context, before: Mapping[str, Any], canvas: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """What the body has set or changed in its request, each pickled; what will not, is left."""
+    changes = {}
+    for name, value in vars(request).items():
+        old = canvas.get(name, before.get(name, request))
+        if name in _NOT_TAKEN_BACK or value is old:
+            continue
+        with contextlib.suppress(Exception):
+            if value != old:
+                changes[name] = bytes(pickling.dumps(value).body)
+    return changes
+
+
+@dataclass(frozen=True)
+class Unpicklable:
+    """Stands in the slot for a result that nobody stores and that cannot be pickled."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _stand_in(task: Any, value: object, *, is_ignored: bool) -> Any:
+    """What the slot can get where the result cannot be pickled.
+
+    Celery does not pickle results: stored, or handed to the next task of a chain, they are encoded
+    by the result serializer, and ignored ones by nobody.
+
+    Raises:
+        Exception: There is nothing that would do; what the serializer raised.
+    """
+    serializer = task.app.conf.result_serializer
+    try:
+        content_type, encoding, data = kombu.serialization.dumps(value, serializer=serializer)
+        return kombu.serialization.loads(data, content_type, encoding, accept=[content_type])
+    except Exception:
+        if is_ignored:
+            return Unpicklable(saferepr(value, task.resultrepr_maxsize))
+        raise
+
+
+@contextlib.contextmanager
+def _stack(app: Celery, entries: Sequence[StackEntry]) -> Iterator[list[Context]]:
     """Have Celery's stacks as they are where the task was called."""
-    contexts = []
+    requests = []
     for entry in entries:
         task = app.tasks[entry.task]
-        context = Context()
+        request = Context()
         # Not Context(request): it would take our copy of the headers for custom headers.
-        context.__dict__.clear()
-        context.__dict__.update(entry.request)
+        request.__dict__.clear()
+        request.__dict__.update(entry.request)
+        if request._children:
+            request._children = [result_from_tuple(one, app) for one in request._children]
         _state.push_current_task(task)
-        task.request_stack.push(context)
-        contexts.append(context)
+        task.request_stack.push(request)
+        requests.append(request)
     try:
-        yield contexts
+        yield requests
     finally:
         for entry in reversed(entries):
             app.tasks[entry.task].request_stack.pop()
@@ -273,13 +380,34 @@ def _become_worker_process(app: Celery, call: BodyCall) -> None:
     app.__dict__.pop("oid", None)
     app._local = threading.local()
     app._backend_cache = None
-    for fixup in app._fixups:
-        # Django's: what a connection of the forkserver's would be to all its children, were it not
-        # dropped here, without a word to its server.
-        if hasattr(fixup, "worker_fixup"):
-            fixup.worker_fixup.on_worker_process_init()
+    app.loader.init_worker_process()
     if call.logs is not None:
         _set_up_logging(app, call.logs)
+    for fixup in _worker_fixups(app):
+        # Django's: what a connection of the forkserver's would be to all its children, were it not
+        # dropped here, without a word to its server.
+        fixup.on_worker_process_init()
+    hostname = call.logs.hostname if call.logs is not None else None
+    if settings.worker_settings(app).worker_process_init:
+        signals.worker_process_init.send(sender=hostname)
+    own_signals.isolated_process_init.send(sender=None)
+    # Registered before any hook of the body's, so it runs after them.
+    atexit.register(_end_worker_process, app, os.getpid(), hostname)
+
+
+def _end_worker_process(app: Celery, pid: int, hostname: str | None) -> None:
+    if os.getpid() != pid:
+        # A process that the body has forked, and that leaves as programs do.
+        return
+    if settings.worker_settings(app).worker_process_init:
+        signals.worker_process_shutdown.send(sender=hostname, pid=pid, exitcode=0)
+    own_signals.isolated_process_shutdown.send(sender=None)
+    context.flush(FLUSH_SECONDS)
+
+
+def _worker_fixups(app: Celery) -> list[Any]:
+    """What Celery has for Django in a worker: it cares for the connections of a process."""
+    return [fixup.worker_fixup for fixup in app._fixups if hasattr(fixup, "worker_fixup")]
 
 
 def _set_up_logging(app: Celery, logs: Logs) -> None:

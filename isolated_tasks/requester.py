@@ -23,7 +23,7 @@ from isolated_tasks.process.launcher import Launcher, Plan
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["address", "announce", "children", "new_launcher", "withdraw"]
+__all__ = ["address", "announce", "children", "is_worker", "new_launcher", "withdraw"]
 
 #: ``<pid of the main process>:<path of the socket>``. The pid tells a pool process of that worker
 #: from any other program that happens to be started below it and inherits the environment.
@@ -54,6 +54,12 @@ os.register_at_fork(after_in_child=_begin_anew)
 def children() -> Children:
     """The children of this process."""
     return _process.children
+
+
+def is_worker(app: Celery) -> bool:
+    """Whether this is the main process of a worker of this app, or one of its pool processes."""
+    owner, _, _ = os.environ.get(ADDRESS_VARIABLE, "").partition(":")
+    return app in _process.launchers or owner == str(os.getppid())
 
 
 def address(app: Celery) -> str:
@@ -110,7 +116,12 @@ def _close(app: Celery, process: _Process) -> None:
 
 
 def new_launcher(app: Celery, *, hostname: str) -> Launcher:
-    """A launcher, not yet started, for forkservers that load this app."""
+    """A launcher, not yet started, for forkservers that load this app.
+
+    Raises:
+        OptionError: A setting has a value that cannot be used, or does not exist.
+    """
+    settings.check_settings(app)
     chosen = settings.worker_settings(app)
     title, argument = body.describe_app(app, hostname)
     return Launcher(

@@ -35,9 +35,7 @@ __all__ = [
 
 #: ``sender`` is the task; ``task_id``; ``carried`` is a dict, and what a receiver puts into it, if
 #: it can be pickled, is there again in the two signals around the body.
-before_isolated_call = Signal(
-    name="before_isolated_call", providing_args={"task_id", "carried"}
-)
+before_isolated_call = Signal(name="before_isolated_call", providing_args={"task_id", "carried"})
 #: ``sender`` is None. Celery's ``worker_process_init`` comes before it.
 isolated_process_init = Signal(name="isolated_process_init", providing_args=set())
 #: ``sender`` is the task; ``task_id``, ``args``, ``kwargs``, ``carried``.

@@ -8,6 +8,7 @@ Imports point down this list only (a test says so)::
     forkserver  role: forkserver; starts, signals and reaps children
     child       role: child; runs calls, sends outcomes, exits
     preload     what a forkserver loads, and what that left behind
+    randomness  random numbers that differ from child to child
     outcome     a result or a failure, and how an exception crosses processes
     pickling    values become bytes and buffers; the path to what will not
     transport   sockets that carry messages, buffers and descriptors

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import enum
 import faulthandler
 import gc
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from isolated_tasks.errors import ProtocolError
-from isolated_tasks.process import pickling, protocol, system
+from isolated_tasks.process import pickling, protocol, randomness, system
 from isolated_tasks.process.outcome import Failure, Outcome
 from isolated_tasks.process.protocol import Boot, Spawn
 from isolated_tasks.process.transport import Channel
@@ -112,7 +113,7 @@ def _be_born(inherited: Inherited, spawn: Spawn) -> None:
     system.reset_peak_rss()
     faulthandler.enable(inherited.crash)
     atexit._clear()
-    _reseed()
+    randomness.reseed()
     os.environ.update(spawn.env)
     gc.enable()
 
@@ -137,13 +138,6 @@ def _handled_signals() -> list[signal.Signals]:
         for number in signal.Signals
         if number not in fixed and system.getsignal(number) is not signal.SIG_DFL
     ]
-
-
-def _reseed() -> None:
-    """Draw other random numbers than the sibling before; ``random`` does so by itself at a fork."""
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
 
 
 def _boot(boot: Callable[[], None]) -> Failure | None:
@@ -234,11 +228,17 @@ def _run(call: protocol.Call) -> Outcome:
 
 
 def _pickle_outcome(outcome: Outcome, task: str) -> pickling.Pickled:
+    stand_in, outcome = outcome.stand_in, dataclasses.replace(outcome, stand_in=None)
     try:
         return pickling.dumps(outcome)
     except Exception as exc:
-        error = pickling.refusal({"result": outcome.value}, exc, task=task, what="result")
-        return pickling.dumps(Outcome(failure=Failure.of(error), notes=outcome.notes))
+        error = exc
+    if stand_in is not None:
+        # Whatever it raises: then the value itself is what there is to complain of.
+        with contextlib.suppress(Exception):
+            return pickling.dumps(dataclasses.replace(outcome, value=stand_in()))
+    refusal = pickling.refusal({"result": outcome.value}, error, task=task, what="result")
+    return pickling.dumps(Outcome(failure=Failure.of(refusal), notes=outcome.notes))
 
 
 # ── exit ────────────────────────────────────────────────────────────────────────────────────────

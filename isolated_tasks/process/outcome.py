@@ -16,10 +16,12 @@ and debuggers show the lines of the body, with their source.
 from __future__ import annotations
 
 import ast
+import builtins
 import collections
 import contextlib
 import linecache
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +69,8 @@ class Failure:
     cause: Failure | None = None
     context: Failure | None = None
     suppress_context: bool = False
+    #: Of an exception group, in its order.
+    members: tuple[Failure, ...] = ()
 
     @classmethod
     def of(cls, exc: BaseException, *, skip: types.FrameType | None = None) -> Failure:
@@ -80,13 +84,17 @@ class Failure:
 
     def exception(self) -> BaseException:
         """The exception again, with its traceback and its chain."""
-        exc = self._bare()
+        return self._dress(self._bare())
+
+    def _dress(self, exc: BaseException) -> BaseException:
         exc.__traceback__ = _traceback(self.frames)
         if self.cause is not None:
             exc.__cause__ = self.cause.exception()
         if self.context is not None:
             exc.__context__ = self.context.exception()
         exc.__suppress_context__ = self.suppress_context
+        for member, failure in zip(getattr(exc, "exceptions", ()), self.members, strict=False):
+            failure._dress(member)
         return exc
 
     def _bare(self) -> BaseException:
@@ -97,7 +105,8 @@ class Failure:
                     return loaded
         if self.taken_apart is not None:
             with contextlib.suppress(Exception):
-                return _put_together(*self.taken_apart)
+                members = [member._bare() for member in self.members]
+                return _put_together(*self.taken_apart, members)
         return RemoteError(
             f"{self.type_name}: {self.text}", {"type_name": self.type_name, "text": self.text}
         )
@@ -110,6 +119,8 @@ class Outcome:
     value: Any = None
     failure: Failure | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    #: Stays in the child: what to send where the value cannot be pickled.
+    stand_in: Callable[[], Any] | None = None
 
     def result(self) -> Any:
         """The value.
@@ -131,6 +142,7 @@ def _describe(exc: BaseException, skip: types.FrameType | None, seen: set[int]) 
         return _describe(other, skip, seen)
 
     pickled = _pickled(exc)
+    members = getattr(exc, "exceptions", ()) if _is_group(exc) else ()
     return Failure(
         type_name=f"{type(exc).__module__}.{type(exc).__qualname__}",
         text=_text(exc),
@@ -140,7 +152,14 @@ def _describe(exc: BaseException, skip: types.FrameType | None, seen: set[int]) 
         cause=follow(exc.__cause__),
         context=follow(exc.__context__),
         suppress_context=exc.__suppress_context__,
+        members=tuple(_describe(member, skip, seen) for member in members),
     )
+
+
+def _is_group(exc: BaseException) -> bool:
+    # Python 3.10 has none.
+    group: type | None = getattr(builtins, "BaseExceptionGroup", None)
+    return group is not None and isinstance(exc, group)
 
 
 def _text(exc: BaseException) -> str:
@@ -164,9 +183,11 @@ def _pickled(exc: BaseException) -> bytes | None:
 
 
 def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | None:
+    # The members of a group come as failures of their own.
+    values = exc.args[:1] if _is_group(exc) else exc.args
     try:
         cls = bytes(pickling.dumps(type(exc)).body)
-        args = bytes(pickling.dumps(exc.args).body)
+        args = bytes(pickling.dumps(values).body)
     except Exception:
         return None
     attributes = {}
@@ -176,12 +197,14 @@ def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | 
     return cls, args, attributes
 
 
-def _put_together(cls: bytes, args: bytes, attributes: dict[str, bytes]) -> BaseException:
+def _put_together(
+    cls: bytes, args: bytes, attributes: dict[str, bytes], members: list[BaseException]
+) -> BaseException:
     def load(pickled: bytes) -> Any:
         return pickling.loads(pickling.Pickled(pickled))
 
     exc_class = load(cls)
-    values = load(args)
+    values = (*load(args), members) if members else load(args)
     # Not exc_class(*values): that is what cannot be done with such a class.
     exc: BaseException = exc_class.__new__(exc_class, *values)
     exc.args = values

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from isolated_tasks.process import system
+from isolated_tasks.process import randomness, system
 from isolated_tasks.process.protocol import Boot
 
 __all__ = ["Entry", "adopt", "fork_quietly", "load", "set_up"]
@@ -75,6 +75,7 @@ def load(boot: Boot) -> list[Entry]:
     # What is still in a buffer would be written again by every child.
     sys.stdout.flush()
     sys.stderr.flush()
+    randomness.remember()
     gc.collect()
     # A collection in the forkserver would do what the freeze prevents; a child turns it on again.
     gc.disable()

@@ -71,10 +71,10 @@ def test_a_spawned_child_has_no_preloaded_modules(worker: StartWorker) -> None:
     assert not get(worker("own_call", conf=conf), "own_call.is_preloaded")
 
 
-def test_ones_own_call_runs_around_the_child(worker: StartWorker) -> None:
+@pytest.mark.parametrize("task", ["around", "around_without_super", "around_by_another_base"])
+def test_ones_own_call_runs_in_the_child_around_the_body(worker: StartWorker, task: str) -> None:
     running = worker("own_call")
 
-    outside, inside = get(running, "own_call.around")
+    outside, inside = get(running, f"own_call.{task}")
 
-    assert outside == get(running, "own_call.slot_pid")
-    assert inside != outside
+    assert outside == inside != get(running, "own_call.slot_pid")

@@ -10,8 +10,10 @@ from celery import Celery
 from isolated_tasks import IsolatedMixin, IsolatedTask, OptionError
 from isolated_tasks.process.options import ProcessOptions
 from isolated_tasks.settings import (
+    SETTINGS,
     TASK_OPTIONS,
     WorkerSettings,
+    check_settings,
     is_isolated,
     process_options,
     worker_settings,
@@ -256,7 +258,9 @@ def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
         ("isolated_preload", "a, b.c d", "preload", ("a", "b.c", "d")),
         ("isolated_preload", "", "preload", ()),
         ("isolated_forkservers", 3, "forkservers", 3),
+        ("isolated_forkservers", None, "forkservers", 1),
         ("isolated_eager", True, "eager", True),
+        ("isolated_worker_process_init", False, "worker_process_init", False),
         ("isolated_boot_timeout", 7, "boot_timeout", 7.0),
         ("isolated_start_timeout", 0.5, "start_timeout", 0.5),
     ],
@@ -272,12 +276,12 @@ def test_a_setting_of_the_worker_is_read(
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *(("isolated_preload", value) for value in [7, None, [7], {"a": 1}, b"a", [None]]),
-        *(("isolated_forkservers", value) for value in [0, -1, 1.0, "2", True, None]),
+        *(("isolated_preload", value) for value in [7, [7], {"a": 1}, b"a", [None]]),
+        *(("isolated_forkservers", value) for value in [0, -1, 1.0, "2", True]),
         *(
             (setting, value)
             for setting in ("isolated_boot_timeout", "isolated_start_timeout")
-            for value in [0, -1, "60", None, True, math.nan, math.inf, 1e300]
+            for value in [0, -1, "60", True, math.nan, math.inf, 1e300]
         ),
     ],
     ids=repr,
@@ -298,3 +302,125 @@ def test_the_start_timeout_of_the_app_is_that_of_its_processes(
     app.conf.isolated_start_timeout = 7
 
     assert process_options(make_task()).start_timeout == 7.0
+
+
+# ── names ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class NewNames:
+    isolated_batch_size = 4
+    isolated_start_timeout = 7
+
+
+class OldNames:
+    ISOLATED_BATCH_SIZE = 4
+    ISOLATED_START_TIMEOUT = 7
+
+
+class DjangoNames:
+    CELERY_ISOLATED_BATCH_SIZE = 4
+    CELERY_ISOLATED_START_TIMEOUT = 7
+
+
+@pytest.mark.parametrize(
+    ("source", "namespace"), [(NewNames, None), (OldNames, None), (DjangoNames, "CELERY")]
+)
+def test_a_setting_is_found_under_each_name_that_celerys_own_may_have(
+    app: Celery, make_task: MakeTask, source: type, namespace: str | None
+) -> None:
+    app.config_from_object(source, namespace=namespace)
+
+    check_settings(app)
+    assert process_options(make_task()).batch_size == 4
+    assert worker_settings(app).start_timeout == 7.0
+
+
+@pytest.mark.parametrize(
+    ("argument", "setting", "value"),
+    [
+        ("isolated.batch_size=4", "isolated_batch_size", 4),
+        ("isolated.batch_idle_timeout=1.5", "isolated_batch_idle_timeout", 1.5),
+        ("isolated.batch_memory_limit=1GiB", "isolated_batch_memory_limit", "1GiB"),
+        ("isolated.enabled=no", "isolated_enabled", False),
+        ("isolated.preload=numpy,pandas", "isolated_preload", "numpy,pandas"),
+    ],
+)
+def test_a_setting_can_come_from_the_command_line(
+    app: Celery, argument: str, setting: str, value: Any
+) -> None:
+    app.config_from_cmdline([argument], namespace="worker")
+
+    check_settings(app)
+    assert app.conf[setting] == value
+
+
+@pytest.mark.parametrize("setting", sorted(SETTINGS))
+def test_every_setting_is_known(app: Celery, setting: str) -> None:
+    app.conf[setting] = None
+
+    check_settings(app)
+
+
+@pytest.mark.parametrize(
+    ("source", "namespace", "name", "hint"),
+    [
+        ({"isolated_batchsize": 3}, None, "isolated_batchsize", ", did you mean 'isolated_batch_"),
+        ({"isolated_enable": 0}, None, "isolated_enable", ", did you mean 'isolated_enabled'?"),
+        ({"ISOLATED_PRELOADS": 0}, None, "ISOLATED_PRELOADS", ", did you mean 'isolated_preload'?"),
+        ({"isolated_zzz": 0}, None, "isolated_zzz", "there is no such setting"),
+        (
+            type("Django", (), {"CELERY_ISOLATED_BATCHSIZE": 3}),
+            "CELERY",
+            "CELERY_ISOLATED_BATCHSIZE",
+            ", did you mean 'isolated_batch_size'?",
+        ),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_one_that_was_meant(
+    app: Celery, source: Any, namespace: str | None, name: str, hint: str
+) -> None:
+    app.config_from_object(source, namespace=namespace)
+
+    error = refusal(lambda: check_settings(app))
+
+    assert error.option == name
+    assert hint in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("batchsize", "batch_size"),
+        ("batch_sizes", "batch_size"),
+        ("isolate", "isolated"),
+        ("batch_idle_timout", "batch_idle_timeout"),
+        ("isolated_batch_size", "batch_size"),
+        ("startmethod", "start_method"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(
+    make_task: MakeTask, name: str, meant: str
+) -> None:
+    error = refusal(lambda: make_task(**{name: 3}))
+
+    assert (error.task, error.option) == ("tasks.render", name)
+    assert f"did you mean {meant!r}?" in str(error)
+
+
+@pytest.mark.parametrize("name", ["batch", "size", "environment", "start", "model", "isolation"])
+def test_any_other_attribute_is_the_users_own(make_task: MakeTask, name: str) -> None:
+    assert getattr(make_task(**{name: 3}), name) == 3
+
+
+def test_a_method_may_have_any_name(make_task: MakeTask) -> None:
+    class Base(IsolatedTask):
+        abstract = True
+
+        def batchsize(self) -> int:
+            return 3
+
+        @property
+        def isolate(self) -> bool:
+            return True
+
+    assert make_task(base=Base).batchsize() == 3

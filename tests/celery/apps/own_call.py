@@ -3,6 +3,8 @@
 import os
 import sys
 
+from celery import Task
+
 from harness.app import make_app
 from isolated_tasks import IsolatedTask
 
@@ -16,8 +18,40 @@ class Around(IsolatedTask):
         return [os.getpid(), super().__call__(*args, **kwargs)]
 
 
+class AroundWithoutSuper(IsolatedTask):
+    """As Flask's documentation has it."""
+
+    abstract = True
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return [os.getpid(), self.run(*args, **kwargs)]
+
+
+class Plain(Task):
+    """Somebody's base class that knows nothing of isolation."""
+
+    abstract = True
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return [os.getpid(), super().__call__(*args, **kwargs)]
+
+
+class AroundByAnotherBase(Plain, IsolatedTask):
+    abstract = True
+
+
 @app.task(base=Around)
 def around() -> int:
+    return os.getpid()
+
+
+@app.task(base=AroundWithoutSuper)
+def around_without_super() -> int:
+    return os.getpid()
+
+
+@app.task(base=AroundByAnotherBase)
+def around_by_another_base() -> int:
     return os.getpid()
 
 
