@@ -1,0 +1,328 @@
+"""One worker that all rows are sent to: plain, or isolated."""
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, _state
+from kombu import Queue
+
+from contract import recorder, table
+from contract.table import Row
+from harness.app import Settings, close_app
+from harness.services import delete_amqp_entities, delete_redis_keys
+from harness.worker import Worker, pool_arguments, start_worker
+
+HERE = Path(__file__).parent.parent
+SUPPORT = HERE.parent / "support"
+
+TASK_CLASSES = {"plain": "celery:Task", "isolated": "isolated_tasks:IsolatedTask"}
+
+#: After this long, tasks that have not ended will not.
+SETTLE_TIMEOUT = 12.0
+
+#: How many tasks run at a time, where the pool can.
+CONCURRENCY = 3
+
+
+def contract_conf(name: str) -> dict[str, Any]:
+    """What is on so that there is more to see, and what keeps one side's keys to itself."""
+    return {
+        "accept_content": ["json", "pickle"],
+        "task_send_sent_event": True,
+        "task_track_started": True,
+        "result_extended": True,
+        "task_queue_max_priority": None,
+        # Redis has one hash for the unacknowledged messages of all queues.
+        "broker_transport_options": {
+            key: f"{name}-{key[:-4]}"
+            for key in ("unacked_key", "unacked_index_key", "unacked_mutex_key")
+        },
+    }
+
+
+class Events:
+    """Celery's events, as a monitor in the client receives them."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self.changed = threading.Condition()
+        self.seen: list[dict[str, Any]] = []
+        self._connection = app.connection_for_read()
+        self._receiver = app.events.Receiver(self._connection, handlers={"*": self._add})
+        self._thread = threading.Thread(target=self._capture, name="events", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        # What is published before the subscription stands is lost; nothing says when it does.
+        for _ in range(20):
+            self._send("contract-begin")
+            if self._wait_for("contract-begin", 0.5):
+                return
+        raise TimeoutError("no event arrives")
+
+    def stop(self) -> None:
+        """Wait for all that was published so far; calling it again does nothing."""
+        if not self._thread.is_alive():
+            return
+        # The events of one exchange arrive in the order in which they were published.
+        self._send("contract-end")
+        self._wait_for("contract-end", 20.0)
+        self._receiver.should_stop = True
+        self._send("contract-stop")
+        self._thread.join(timeout=20.0)
+        self._connection.release()
+
+    def _capture(self) -> None:
+        self._receiver.capture(limit=None, timeout=None, wakeup=False)
+
+    def _add(self, event: dict[str, Any]) -> None:
+        with self.changed:
+            self.seen.append(event)
+            self.changed.notify_all()
+
+    def _wait_for(self, kind: str, timeout: float) -> bool:
+        def arrived() -> bool:
+            return any(event["type"] == kind for event in self.seen)
+
+        with self.changed:
+            return self.changed.wait_for(arrived, timeout)
+
+    def _send(self, kind: str) -> None:
+        with self._app.events.default_dispatcher() as dispatcher:
+            dispatcher.send(kind)
+
+
+class Side:
+    """A worker, its client, and all that either has to say.
+
+    Args:
+        name: "plain" or "isolated".
+        pool: one of the harness's.
+        broker: "redis" or "amqp".
+        broker_url: where it is.
+        redis_url: of the result backend.
+        folder: where the worker runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pool: str,
+        broker: str,
+        broker_url: str,
+        redis_url: str,
+        folder: Path,
+    ) -> None:
+        self.name = name
+        self.pool = pool
+        self.record = folder / "record"
+        self._broker = broker
+        self._folder = folder
+        self._cleanup = ExitStack()
+        self.queue = f"contract-{os.urandom(6).hex()}"
+        _, pool_conf = pool_arguments(pool)
+        self.settings = Settings(
+            broker_url=broker_url,
+            result_backend=redis_url,
+            name=self.queue,
+            conf={**contract_conf(self.queue), **pool_conf},
+        )
+        self.queues = [self.queue, f"{self.queue}-other"]
+        self.app = self._make_client()
+        self.events = Events(self.app)
+        self.worker = self._start_worker()
+        #: By the name of a row.
+        self.sent: dict[str, Any] = {}
+        self.raised: dict[str, BaseException] = {}
+        self.followed: dict[str, str] = {}
+        self.looked: dict[str, str] = {}
+        self.exit_code: int | None = None
+        #: What the worker left behind.
+        self.leaked: list[str] = []
+        #: Ids of the tasks whose messages were still there when the worker had stopped.
+        self.left: list[str] = []
+        self.unsettled: str = ""
+
+    def _make_client(self) -> Celery:
+        task_cls = TASK_CLASSES[self.name]
+        app = table.make_contract_app("client", self.settings, task_cls=task_cls, current=False)
+        # Celery's own unsubscribes from Redis. Where the garbage collector calls it in the middle
+        # of another command, that waits for ever for the lock of redis-py 5.
+        app.AsyncResult.__del__ = lambda result: None
+        self._cleanup.callback(delete_redis_keys, self.settings.result_backend, self.queue)
+        if self._broker == "amqp":
+            self._cleanup.callback(self._clear_amqp)
+        self._cleanup.callback(close_app, app)
+        return app
+
+    def _clear_amqp(self) -> None:
+        for queue in self.queues:
+            delete_amqp_entities(
+                self.settings.broker_url,
+                queue=queue,
+                exchanges=[queue, *self.settings.exchanges],
+            )
+
+    def _start_worker(self) -> Worker:
+        # Not in `folder`, whose name is long: the path of a Unix socket may have 107 bytes.
+        temporary = tempfile.mkdtemp(prefix="it-")
+        self._cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
+        worker = start_worker(
+            "contract.app",
+            pool=self.pool,
+            concurrency=1 if self.pool == "solo" else CONCURRENCY,
+            app=self.app,
+            env={
+                **self.settings.environ(),
+                "TMPDIR": temporary,
+                "CONTRACT_RECORD": str(self.record),
+                "CONTRACT_TASK_CLS": TASK_CLASSES[self.name],
+            },
+            path=[HERE, SUPPORT],
+            cwd=self._folder,
+            args=["-E", "-Q", ",".join(self.queues)],
+        )
+        self._cleanup.callback(self._close_worker)
+        return worker
+
+    def wait_until_ready(self) -> None:
+        self.events.start()
+        self._cleanup.callback(self.events.stop)
+        self.worker.wait_until_ready()
+
+    # ── rows ────────────────────────────────────────────────────────────────────────────────────
+
+    def send(self, rows: Sequence[Row]) -> None:
+        """Do what the rows do, in the client."""
+        for row in rows:
+            with self._doing(row):
+                try:
+                    self.sent[row.name] = row.send(self.app)
+                except Exception as exc:
+                    self.raised[row.name] = exc
+
+    def follow(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.follow is not None and row.name in self.sent:
+                self.followed[row.name] = self._call(row, row.follow)
+
+    def look(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.look is not None and row.name in self.sent:
+                self.looked[row.name] = self._call(row, row.look)
+
+    def _call(self, row: Row, function: Callable[[Celery, Any], Any]) -> str:
+        with self._doing(row):
+            try:
+                return recorder.describe(function(self.app, self.sent[row.name]))
+            except Exception as exc:
+                return recorder.describe(exc)
+
+    @contextmanager
+    def _doing(self, row: Row) -> Iterator[None]:
+        previous = _state._tls.current_app
+        _state._set_current_app(self.app)
+        try:
+            with recorder.recording(str(self.record), row.name):
+                yield
+        finally:
+            _state._set_current_app(previous)
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────
+
+    def settle(self) -> None:
+        """Wait until there is nothing left to do, and say what there is if that takes too long."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT
+        while not self._is_settled():
+            if time.monotonic() > deadline or self.worker.process.poll() is not None:
+                self.unsettled = self._unsettled()
+                return
+            with self.events.changed:
+                # Most changes come with an event; that the main process has finished with a task
+                # does not.
+                self.events.changed.wait(0.2)
+
+    def _is_settled(self) -> bool:
+        before = self._progress()
+        # A message that has not arrived anywhere is on its way; one that is back in the queue is
+        # too. Between two equal counts nothing was sent and nothing arrived, so a worker that has
+        # no task in between has none any more.
+        return (
+            self._all_arrived()
+            and self._is_idle()
+            and not self._queued()
+            and self._is_idle()
+            and self._progress() == before
+        )
+
+    def _progress(self) -> int:
+        return self.record.stat().st_size
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What was recorded."""
+        return [json.loads(line) for line in self.record.read_text().splitlines()]
+
+    def _all_arrived(self) -> bool:
+        sent: Counter[str] = Counter()
+        arrived: Counter[str] = Counter()
+        for line in self.lines():
+            if line["name"] == "after_task_publish":
+                sent[line["id"]] += 1
+            elif line["name"] in ("task_received", "task_revoked", "task_rejected", "task_unknown"):
+                arrived[line["id"]] += 1
+        return all(arrived[id] >= number for id, number in sent.items())
+
+    def _is_idle(self) -> bool:
+        for command in ("active", "reserved", "scheduled"):
+            replies = self.app.control.broadcast(
+                command, reply=True, destination=[self.worker.name], limit=1, timeout=5.0
+            )
+            if not replies or any(tasks for reply in replies for tasks in reply.values()):
+                return False
+        return True
+
+    def _queued(self) -> int:
+        return sum(self._length(queue) for queue in self.queues)
+
+    def _length(self, queue: str) -> int:
+        with self.app.connection_for_read() as connection, connection.channel() as channel:
+            try:
+                return int(channel.queue_declare(queue, passive=True).message_count)
+            except connection.channel_errors:
+                return 0  # an empty list does not exist in Redis
+
+    def _unsettled(self) -> str:
+        inspect = self.app.control.inspect([self.worker.name], limit=1, timeout=5.0)
+        return (
+            f"exit code of the worker {self.worker.process.poll()}, in the queue {self._queued()}, "
+            f"active {inspect.active()}, reserved {inspect.reserved()}, "
+            f"scheduled {inspect.scheduled()}"
+        )
+
+    def stop(self) -> None:
+        """Stop the worker, and receive the last that it had to say."""
+        self.exit_code = self.worker.stop()
+        self.leaked = self.worker.close()
+        self.events.stop()
+        with self.app.connection_for_read() as connection, connection.channel() as channel:
+            for name in self.queues:
+                queue = Queue(name)(channel)
+                while (message := queue.get(no_ack=True)) is not None:
+                    self.left.append(message.headers["id"])
+
+    def _close_worker(self) -> None:
+        if self.exit_code is None:
+            self.worker.close()
+
+    def close(self) -> None:
+        self._cleanup.close()

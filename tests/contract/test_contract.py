@@ -1,0 +1,92 @@
+"""Whatever a task may do, and whatever a caller may see, is the same with IsolatedTask.
+
+`rows` says how the table grows.
+"""
+
+import difflib
+import json
+from collections import Counter
+
+import pytest
+
+from contract import observation
+from contract.observation import unattributed
+from contract.running import Running
+from contract.table import Row, Seen, all_rows
+from harness.worker import POOLS
+
+# The first test of a pool runs all rows; the others only look at what came of them.
+pytestmark = pytest.mark.timeout(300)
+
+COMBINATIONS = [(pool, broker) for broker in ("redis", "amqp") for pool in POOLS]
+
+CASES = [
+    pytest.param(combination, row, id=f"{'-'.join(combination)}-{row.name}")
+    for combination in COMBINATIONS
+    for row in all_rows()
+    if row.runs_in(*combination)
+]
+
+in_each_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+
+
+@pytest.mark.parametrize(("combination", "row"), CASES)
+def test_an_isolated_task_is_like_a_plain_one(running: Running, row: Row) -> None:
+    plain, isolated = running.plain[row.name], running.isolated[row.name]
+
+    assert observation.check(plain, row.expects) == []
+
+    if row.differs is None:
+        assert_same(plain, isolated)
+    else:
+        assert observation.check(isolated, row.differs.isolated) == []
+        if row.differs.only:
+            assert_same(without(plain, row.differs.only), without(isolated, row.differs.only))
+
+
+@in_each_combination
+def test_nothing_is_left_undone(running: Running) -> None:
+    assert [side.unsettled for side in running.sides] == ["", ""]
+    assert [side.exit_code for side in running.sides] == [0, 0]
+    assert [side.worker.killed for side in running.sides] == [False, False]
+    assert [side.leaked for side in running.sides] == [[], []]
+
+
+@in_each_combination
+def test_nothing_else_is_logged_that_needs_attention(running: Running) -> None:
+    plain, isolated = map(unattributed, running.sides)
+
+    assert isolated == plain
+
+
+def test_each_row_has_a_name_of_its_own() -> None:
+    names = Counter(row.name for row in all_rows())
+
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+# ── comparing ───────────────────────────────────────────────────────────────────────────────────
+
+
+def assert_same(plain: Seen, isolated: Seen) -> None:
+    before, after = (
+        json.dumps(seen, indent=1, sort_keys=True, ensure_ascii=False).splitlines()
+        for seen in (plain, isolated)
+    )
+    diff = difflib.unified_diff(before, after, "plain", "isolated", lineterm="", n=12)
+    text = "\n".join(diff)
+    if text:
+        pytest.fail(f"an isolated task differs from a plain one:\n{text}", pytrace=False)
+
+
+def without(seen: Seen, parts: tuple[str, ...]) -> Seen:
+    """What was seen, without the parts of these names, at any depth."""
+
+    def pruned(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: pruned(one) for key, one in value.items() if key not in parts}
+        return [pruned(one) for one in value] if isinstance(value, list) else value
+
+    result = pruned(seen)
+    assert isinstance(result, dict)
+    return result
