@@ -417,6 +417,7 @@ class _Sentry(_Library):
             "sentry-trace": module.get_traceparent(),
             "baggage": module.get_baggage(),
         }
+        values["is_traced"] = module.get_current_span() is not None
         return _dump_each("sentry_sdk", values)
 
     def restore(
@@ -429,9 +430,25 @@ class _Sentry(_Library):
         for one in (scope, module.get_current_scope()):
             one.clear()
         headers = values.pop("headers", {})
+        is_traced = values.pop("is_traced", False)
         for name, value in values.items():
             setattr(scope, name, value)
-        module.continue_trace({name: value for name, value in headers.items() if value})
+        transaction = module.continue_trace(
+            {name: value for name, value in headers.items() if value},
+            op="function",
+            name=values.get("_transaction"),
+            source="task",
+        )
+        if is_traced:
+            # Spans of the body need one to belong to, and to be told to whom the body sends.
+            module.get_current_scope().span = module.start_transaction(transaction)
+            stack.callback(self._finish, transaction)
+
+    def _finish(self, transaction: Any) -> None:
+        """Send a transaction that has spans; one more for every call would only cost."""
+        recorder = getattr(transaction, "_span_recorder", None)
+        if recorder is not None and len(recorder.spans) > 1:
+            transaction.finish()
 
     def senders(self, module: ModuleType) -> Iterable[Callable[[float], object]]:
         if module.get_client().is_active():
