@@ -52,7 +52,7 @@ class Runs:
                     folder=self._factory.mktemp(name),
                 )
                 sides.append(side)
-            return run(*sides, [row for row in all_rows() if row.runs_in(pool, broker)])
+            return run(sides[0], sides[1], [row for row in all_rows() if row.runs_in(pool, broker)])
         except BaseException:
             for side in sides:
                 side.close()

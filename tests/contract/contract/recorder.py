@@ -170,7 +170,7 @@ _HANDLERS: dict[str, Callable[..., None]] = {
 
 
 def _receiver(name: str) -> Callable[..., None]:
-    handler = _HANDLERS.get(name, _on_task)
+    handler: Callable[..., None] = _HANDLERS.get(name, _on_task)
 
     def receive(sender: Any = None, **kwargs: Any) -> None:
         for taken in ("signal", "name"):
