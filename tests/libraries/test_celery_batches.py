@@ -14,7 +14,7 @@ celery_batches = pytest.importorskip(
 
 
 def test_a_task_of_both_is_refused_where_it_is_made() -> None:
-    class IsolatedBatches(IsolatedMixin, celery_batches.Batches):  # type: ignore[misc,name-defined]
+    class IsolatedBatches(IsolatedMixin, celery_batches.Batches):  # type: ignore[name-defined]
         abstract = True
 
     with Celery("test", broker="memory://", set_as_current=False) as app:

@@ -10,7 +10,7 @@ from isolated_tasks import IsolatedMixin
 app = make_app(__name__)
 
 
-class IsolatedBatches(IsolatedMixin, Batches):  # type: ignore[misc]
+class IsolatedBatches(IsolatedMixin, Batches):
     abstract = True
 
 

@@ -12,7 +12,7 @@ from isolated_tasks import IsolatedMixin, IsolatedTask
 app = make_app(__name__)
 
 
-class IsolatedSingleton(IsolatedMixin, Singleton):  # type: ignore[misc]
+class IsolatedSingleton(IsolatedMixin, Singleton):
     abstract = True
 
 

@@ -72,7 +72,7 @@ def set_up(**_: Any) -> None:
     trace.set_tracer_provider(provider)
     reader = PeriodicExportingMetricReader(MetricsToFile(), export_interval_millis=60_000)
     metrics.set_meter_provider(MeterProvider([reader]))
-    CeleryInstrumentor().instrument()
+    CeleryInstrumentor().instrument()  # type: ignore[no-untyped-call]
 
 
 if os.environ["SET_UP"] == "import":
