@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from harness.worker import Worker
 
 TIMEOUT = 30
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "keep-context.md"
 
 #: Each has contexts of another kind: of a process, of threads, of greenlets.
 POOLS = ("prefork", "threads", "gevent")
@@ -83,3 +86,18 @@ def test_the_hook_names_what_it_cannot_bring(running: Worker) -> None:
         rf"WARNING.*context_kept\.hooked\[{re.escape(result.id)}\]: carried\['lock'\], of type "
         r"\w+, does not come to the body: it cannot be pickled"
     )
+
+
+def test_the_example_of_the_how_to_works_as_printed(
+    worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    (source,) = re.findall(r"^```python\n(.*?)^```$", HOW_TO.read_text(), re.M | re.S)
+    line = re.search(r"^app = Celery\(.*\)$", source, re.M)
+    assert line is not None
+    app = 'from harness.app import make_app\napp = make_app("proj")'
+    (tmp_path / "proj.py").write_text(source.replace(line[0], app))
+
+    running = worker("proj")
+
+    assert running.call("proj.greet", user="Ada").get(timeout=TIMEOUT) == "Hello, Ada"
+    assert "WARNING" not in running.log()

@@ -29,17 +29,11 @@ def test_a_users_suite_passes(workplace: Any, tmp_path: Path, broker: str, pool:
     mark = f"suite-{os.urandom(6).hex()}"
     in_memory = {"BROKER_URL": "memory://", "RESULT_BACKEND": "cache+memory://"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "celery.contrib.pytest", "-p", "no:celery"]
-        # Nothing of this project's own configuration.
-        + [
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            os.devnull,
-            "--rootdir",
-            str(tmp_path),
-            "-q",
-            str(suite),
+        [
+            *(sys.executable, "-m", "pytest", "-q", str(suite)),
+            *("-p", "celery.contrib.pytest", "-p", "no:celery", "-p", "no:cacheprovider"),
+            # Nothing of this project's own configuration.
+            *("-c", os.devnull, "--rootdir", str(tmp_path)),
         ],
         env={
             **os.environ,
