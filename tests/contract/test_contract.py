@@ -6,11 +6,12 @@
 import difflib
 import json
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from contract import observation
-from contract.observation import unattributed
 from contract.running import Running
 from contract.table import Row, Seen, all_rows
 from harness.worker import POOLS
@@ -32,14 +33,14 @@ in_each_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids="
 
 @pytest.mark.parametrize(("combination", "row"), CASES)
 def test_an_isolated_task_is_like_a_plain_one(running: Running, row: Row) -> None:
-    plain, isolated = running.plain[row.name], running.isolated[row.name]
+    plain, isolated = (side.rows[row.name] for side in running.sides)
 
-    assert observation.check(plain, row.expects) == []
+    assert_expected(plain, row.expects)
 
     if row.differs is None:
         assert_same(plain, isolated)
     else:
-        assert observation.check(isolated, row.differs.isolated) == []
+        assert_expected(isolated, row.differs.isolated)
         if row.differs.only:
             assert_same(without(plain, row.differs.only), without(isolated, row.differs.only))
 
@@ -48,21 +49,37 @@ def test_an_isolated_task_is_like_a_plain_one(running: Running, row: Row) -> Non
 def test_nothing_is_left_undone(running: Running) -> None:
     assert [side.unsettled for side in running.sides] == ["", ""]
     assert [side.exit_code for side in running.sides] == [0, 0]
-    assert [side.worker.killed for side in running.sides] == [False, False]
+    assert [side.killed for side in running.sides] == [False, False]
     assert [side.leaked for side in running.sides] == [[], []]
 
 
 @in_each_combination
 def test_nothing_else_is_logged_that_needs_attention(running: Running) -> None:
-    plain, isolated = map(unattributed, running.sides)
+    assert running.isolated.other_log == running.plain.other_log
 
-    assert isolated == plain
+
+@in_each_combination
+def test_the_recorder_has_missed_nothing(running: Running) -> None:
+    # Celery logs what a receiver of a signal raises, and goes on.
+    assert ["Signal handler" in side.log for side in running.sides] == [False, False]
+
+
+@in_each_combination
+def test_isolated_bodies_are_isolated(running: Running) -> None:
+    # Or every row would compare a plain task with a plain one.
+    assert [side.elsewhere > 0 for side in running.sides] == [False, True]
 
 
 def test_each_row_has_a_name_of_its_own() -> None:
     names = Counter(row.name for row in all_rows())
 
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def assert_expected(seen: Seen, expects: Mapping[str, Any]) -> None:
+    missed = observation.check(seen, expects)
+    if missed:
+        pytest.fail("not as the row expects:\n" + "\n".join(missed), pytrace=False)
 
 
 # ── comparing ───────────────────────────────────────────────────────────────────────────────────

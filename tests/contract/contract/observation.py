@@ -31,6 +31,8 @@ from contract.table import Row, Seen
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _ENTRY = re.compile(r"(?m)^\[\d{4}-\d\d-\d\d [\d:,]+: (\w+)/([\w:-]+)\] ?")
 
+_PRINTED = re.compile(r"\n*worker: \w+ shutdown \(MainProcess\)\n")
+
 _SCRUBBED = (
     (re.compile(r"0x[0-9a-f]{6,}"), "<address>"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?([+-]\d\d:\d\d|Z)?"), "<time>"),
@@ -61,6 +63,17 @@ def observe(side: Side, rows: Iterable[Row]) -> dict[str, Seen]:
 def unattributed(side: Side) -> list[str]:
     """What the worker has logged, from WARNING on, that is about no task."""
     return _Observer(side).other_log()
+
+
+def notes_elsewhere(side: Side) -> int:
+    """How many notes were made in a process other than their task's slot."""
+    lines = side.lines()
+    slots = {(line["id"], line["pid"]) for line in lines if line["name"] == "task_prerun"}
+    ids = {id for id, _ in slots}
+    return sum(
+        line["kind"] == "note" and line["id"] in ids and (line["id"], line["pid"]) not in slots
+        for line in lines
+    )
 
 
 class _Observer:
@@ -199,7 +212,8 @@ class _Observer:
         """Entries by task and process, and those about no task."""
         log: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         others = []
-        parts = _ENTRY.split(self.side.worker.log())
+        # What the main process prints, and does not log, may stand below anybody's entry.
+        parts = _ENTRY.split(_PRINTED.sub("", self.side.worker.log()))
         for level, process, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
             place = "main" if process == "MainProcess" else "pool"
             entry = f"{level}/{place}: {text.rstrip()}"

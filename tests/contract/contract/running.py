@@ -1,50 +1,82 @@
-"""Both sides of one pool over one broker, when all is over."""
+"""Both sides of one pool over one broker, from the start to what they have shown."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 from contract import observation
 from contract.side import Side
 from contract.table import Row, Seen
 
 
-class Running:
-    """What both sides have shown.
+@dataclass(frozen=True)
+class Shown:
+    """What one side has shown.
 
     Args:
-        plain_side: the side whose tasks are plain.
-        isolated_side: the other.
-        rows: what both were sent.
+        rows: by the name of a row.
+        other_log: what the worker has logged, from WARNING on, that is about no task.
+        unsettled: what there was still to do, after long enough.
+        exit_code: of the worker.
+        killed: whether it had to be killed.
+        leaked: one line for each process that it left behind.
+        log: all that it has logged.
+        elsewhere: how many notes were made in a process other than their task's slot.
     """
 
-    def __init__(self, plain_side: Side, isolated_side: Side, rows: Sequence[Row]) -> None:
-        self.sides = (plain_side, isolated_side)
-        self.rows = rows
+    rows: dict[str, Seen]
+    other_log: list[str]
+    unsettled: str
+    exit_code: int | None
+    killed: bool
+    leaked: list[str]
+    log: str
+    elsewhere: int
 
-    @cached_property
-    def plain(self) -> dict[str, Seen]:
-        """By the name of a row."""
-        return observation.observe(self.sides[0], self.rows)
 
-    @cached_property
-    def isolated(self) -> dict[str, Seen]:
-        """By the name of a row."""
-        return observation.observe(self.sides[1], self.rows)
+@dataclass(frozen=True)
+class Running:
+    """What both sides have shown, when all is over."""
+
+    plain: Shown
+    isolated: Shown
+
+    @property
+    def sides(self) -> tuple[Shown, Shown]:
+        return self.plain, self.isolated
 
 
 def run(plain: Side, isolated: Side, rows: Sequence[Row]) -> Running:
     """Have both workers do what the rows say, and stop them."""
     sides = (plain, isolated)
-    for side in sides:
-        side.wait_until_ready()
-    for side in sides:
-        side.send(rows)
-    for side in sides:
-        side.follow(rows)
-    for side in sides:
-        side.settle()
-    for side in sides:
-        side.look(rows)
-    for side in sides:
-        side.stop()
-    return Running(plain, isolated, rows)
+    with ExitStack() as cleanup:
+        for side in sides:
+            cleanup.callback(side.close)
+        for side in sides:
+            side.start()
+        for side in sides:
+            side.wait_until_ready()
+        for side in sides:
+            side.send(rows)
+        for side in sides:
+            side.follow(rows)
+        for side in sides:
+            side.settle()
+        for side in sides:
+            side.look(rows)
+        for side in sides:
+            side.stop()
+        return Running(_shown(plain, rows), _shown(isolated, rows))
+
+
+def _shown(side: Side, rows: Sequence[Row]) -> Shown:
+    return Shown(
+        rows=observation.observe(side, rows),
+        other_log=observation.unattributed(side),
+        unsettled=side.unsettled,
+        exit_code=side.exit_code,
+        killed=side.worker.killed,
+        leaked=side.leaked,
+        log=side.worker.log(),
+        elsewhere=observation.notes_elsewhere(side),
+    )

@@ -140,7 +140,7 @@ class Side:
         self.queues = [self.queue, f"{self.queue}-other"]
         self.app = self._make_client()
         self.events = Events(self.app)
-        self.worker = self._start_worker()
+        self.worker: Worker
         #: By the name of a row.
         self.sent: dict[str, Any] = {}
         self.raised: dict[str, BaseException] = {}
@@ -173,11 +173,12 @@ class Side:
                 exchanges=[queue, *self.settings.exchanges],
             )
 
-    def _start_worker(self) -> Worker:
+    def start(self) -> None:
+        """Start the worker, which may not be ready yet."""
         # Not in `folder`, whose name is long: the path of a Unix socket may have 107 bytes.
         temporary = tempfile.mkdtemp(prefix="it-")
         self._cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
-        worker = start_worker(
+        self.worker = start_worker(
             "contract.app",
             pool=self.pool,
             concurrency=1 if self.pool == "solo" else CONCURRENCY,
@@ -193,7 +194,6 @@ class Side:
             args=["-E", "-Q", ",".join(self.queues)],
         )
         self._cleanup.callback(self._close_worker)
-        return worker
 
     def wait_until_ready(self) -> None:
         self.events.start()
