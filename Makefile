@@ -20,7 +20,7 @@ SOURCES := $(shell find isolated_tasks -not -path '*__pycache__*' 2>/dev/null) R
 CODE := isolated_tasks tests $(wildcard examples)
 
 MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-MATRIX_CELERIES ?= 5.5.0 newest
+MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint format coverage matrix clean
@@ -52,7 +52,7 @@ coverage: $(VENV)/.test-installed  ## run the tests and tell which lines they mi
 	$(BIN)/coverage report
 
 # A pyenv that has not made a version global has a shim for it that fails; then its own path is used.
-matrix:  ## run the tests on each Python with the lowest and the newest Celery
+matrix:  ## run the tests (TESTS=tests/contract: these) on each Python and Celery
 	@mkdir -p build/matrix; failed=0; \
 	for python in $(MATRIX_PYTHONS); do \
 	    found=$$python; \
