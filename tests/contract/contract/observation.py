@@ -176,7 +176,9 @@ class _Observer:
         if line["name"] in ("task_received", "task_revoked", "task_rejected", "task_unknown"):
             return "consumer"
         is_main = line["pid"] == self.side.worker.pid
-        return "main" if is_main and self.side.pool.startswith("prefork") else "task"
+        place = "main" if is_main and self.side.pool.startswith("prefork") else "task"
+        # The message of the next attempt is published by this one.
+        return f"{place} publishes" if "publish" in line["name"] else place
 
     def _signals(self, lines: list[dict[str, Any]]) -> Seen:
         # An attempt may begin while the epilogue of the last one still runs, in another slot.

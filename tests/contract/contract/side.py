@@ -40,7 +40,8 @@ def contract_conf(name: str) -> dict[str, Any]:
         "task_send_sent_event": True,
         "task_track_started": True,
         "result_extended": True,
-        "task_queue_max_priority": None,
+        # A spawned pool process imports it; the others have.
+        "include": ["contract.app"],
         # Redis has one hash for the unacknowledged messages of all queues.
         "broker_transport_options": {
             key: f"{name}-{key[:-4]}"
@@ -158,6 +159,7 @@ class Side:
         app = table.make_contract_app("client", self.settings, task_cls=task_cls, current=False)
         # Celery's own unsubscribes from Redis. Where the garbage collector calls it in the middle
         # of another command, that waits for ever for the lock of redis-py 5.
+        app.conf.include = []
         app.AsyncResult.__del__ = lambda result: None
         self._cleanup.callback(delete_redis_keys, self.settings.result_backend, self.queue)
         if self._broker == "amqp":

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from celery import Celery
+from kombu.utils.imports import symbol_by_name
 
 from contract import recorder
 from harness.app import Settings
@@ -35,11 +36,12 @@ class Definition:
         """The task, as `app` has it."""
         return app.tasks[self.name]
 
-    def add_to(self, app: Celery) -> None:
-        base: type = app.Task
+    def add_to(self, app: Celery, *, shared: bool) -> None:
+        options = {"name": self.name, "shared": shared, **self.options}
         if self.mixins:
-            base = type("ContractTask", (*self.mixins, app.Task), {"abstract": True})
-        app.task(**{"name": self.name, "base": base, **self.options})(self.function)
+            bases = (*self.mixins, symbol_by_name(app.task_cls))
+            options["base"] = type("ContractTask", bases, {"abstract": True})
+        app.task(**options)(self.function)
 
 
 def task(
@@ -70,7 +72,9 @@ def make_contract_app(main: str, settings: Settings, *, task_cls: str, current: 
     app = Celery(main, task_cls=task_cls, set_as_current=current)
     app.conf.update(settings.celery_conf())
     for definition in _definitions.values():
-        definition.add_to(app)
+        # Shared tasks belong to every app of the process: a spawned pool process has another app
+        # than the one that its import of this module makes, and pytest must not have them in all.
+        definition.add_to(app, shared=current)
     return app
 
 
