@@ -101,12 +101,12 @@ def flush(timeout: float) -> None:
         timeout: For all of them together, in seconds.
     """
     deadline = time.monotonic() + timeout
-    waiting = [
-        (library, send)
-        for library in _LIBRARIES
-        if library.module in sys.modules
-        for send in library.senders(sys.modules[library.module])
-    ]
+    waiting: list[tuple[_Library, Callable[[float], object]]] = []
+    for library in _LIBRARIES:
+        module = sys.modules.get(library.module)
+        if module is not None:
+            with _harmless(library, "what it had buffered in a child is lost"):
+                waiting.extend((library, send) for send in library.senders(module))
     if not waiting:
         return
 
@@ -446,9 +446,10 @@ class _Sentry(_Library):
 
     def _finish(self, transaction: Any) -> None:
         """Send a transaction that has spans; one more for every call would only cost."""
-        recorder = getattr(transaction, "_span_recorder", None)
-        if recorder is not None and len(recorder.spans) > 1:
-            transaction.finish()
+        with _harmless(self, "spans of a body are lost"):
+            recorder = getattr(transaction, "_span_recorder", None)
+            if recorder is not None and len(recorder.spans) > 1:
+                transaction.finish()
 
     def senders(self, module: ModuleType) -> Iterable[Callable[[float], object]]:
         if module.get_client().is_active():

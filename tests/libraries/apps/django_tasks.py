@@ -12,6 +12,7 @@ from django.utils import timezone, translation
 
 from harness.app import make_app
 from isolated_tasks import IsolatedTask
+from isolated_tasks.signals import isolated_process_init
 
 django.setup()
 
@@ -22,7 +23,15 @@ from django_celery_results.models import TaskResult  # noqa: E402 - needs the se
 
 # What code does that asks the database at import: this process has a connection from here on.
 TaskResult.objects.exists()
-OF_IMPORT = (os.getpid(), id(connection.connection))
+CONNECTED_IN = os.getpid() if connection.connection is not None else None
+
+#: Whether a child is born with a connection; before a body Celery closes those that there are.
+inherited: list[bool] = []
+
+
+@isolated_process_init.connect
+def look_for_connection(**_: Any) -> None:
+    inherited.append(connection.connection is not None)
 
 
 @task_prerun.connect
@@ -44,9 +53,8 @@ def fail() -> None:
 
 @app.task(base=IsolatedTask, batch_size=2, batch_idle_timeout=60.0)
 def ask() -> dict[str, Any]:
-    inherited = connection.connection is not None
     TaskResult.objects.count()
-    return {"inherited": inherited, "pid": os.getpid(), "connected at import in": OF_IMPORT[0]}
+    return {"inherited": inherited, "pid": os.getpid(), "connected at import in": CONNECTED_IN}
 
 
 @app.task(base=IsolatedTask, batch_size=2, batch_idle_timeout=60.0)
