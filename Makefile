@@ -82,9 +82,11 @@ $(VENV)/.build-installed: | $(BIN)/python
 	@touch $@
 
 # The slow part, once: the dependencies. The wheel is installed here too, since its extras name them.
+# celery-batches 0.11 says that it wants celery<5.7, and would keep the newest from being installed.
 $(VENV)/.%-dependencies: pyproject.toml | $(VENV)/wheel.stamp
 	@echo "Installing the dependencies into $(VENV); this takes a minute or two."
 	$(PIP) install "$$(ls $(VENV)/wheel/*.whl)[$*]" $(addprefix celery==,$(CELERY))
+	$(if $(filter test,$*),$(PIP) install --no-deps celery-batches)
 	@touch $@
 
 # The quick part, whenever a source has changed: the wheel alone.
