@@ -101,3 +101,19 @@ def test_celerys_own_signals_can_be_left_out(worker: StartWorker, folder: Path) 
     get(running, "set_up_by")
     assert survivors([seen["pid"]], timeout=PATIENCE) == set()
     assert notes(path)[seen["pid"]] == ["isolated_process_init", "isolated_process_shutdown"]
+
+
+def test_no_connection_is_shared_with_anyone(worker: StartWorker, folder: Path) -> None:
+    path = folder / "connections"
+    environment = {"TEST_FOLDER": str(folder), "TEST_CONNECT": str(path)}
+    # redis-py notices a fork by itself, py-amqp does not.
+    running = worker("setting", broker="amqp", env=environment)
+
+    seen = [get(running, "connect") for _ in range(4)]
+
+    # A connection lasts as long as its process.
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    # Both the main process and the forkserver have connected while they imported the app.
+    inherited = {int(port) for events in notes(path).values() for port in events}
+    assert len(inherited) == 2
+    assert not inherited & {port for port, _ in seen}

@@ -131,3 +131,21 @@ def random_numbers() -> list[float]:
         float(old_generator.random_sample()),
         float(np.random.default_rng().random()),
     ]
+
+
+def _port() -> int:
+    """Our end of the connection of the app's pool, to RabbitMQ."""
+    with app.pool.acquire(block=True) as connection:
+        connection.connect()
+        port: int = connection.connection.transport.sock.getsockname()[1]
+        return port
+
+
+if "TEST_CONNECT" in os.environ:
+    # What an app should not do when it is imported, and some do.
+    _note(os.environ["TEST_CONNECT"], f"{_port()}")
+
+
+@app.task(base=IsolatedTask, batch_size=2)
+def connect() -> list[int]:
+    return [_port(), os.getpid()]
