@@ -129,9 +129,24 @@ def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = Tru
 
 
 def _parts(app: Celery) -> bytes:
+    """What the app is built anew from, where it cannot be imported."""
     keywords = dict(app.__reduce_keys__())
     keywords["changes"] = {}
-    return bytes(pickling.dumps((type(app), keywords), pickler=byvalue.Pickler).body)
+    try:
+        return bytes(pickling.dumps((type(app), keywords), pickler=byvalue.Pickler).body)
+    except Exception:
+        # Most often a task_cls that holds on to another framework's app. The tasks that come by
+        # value bring their classes along.
+        known = {name: value for name, value in keywords.items() if _is_picklable(value)}
+        return bytes(pickling.dumps((type(app), known), pickler=byvalue.Pickler).body)
+
+
+def _is_picklable(value: object) -> bool:
+    try:
+        pickling.dumps(value, pickler=byvalue.Pickler)
+    except Exception:
+        return False
+    return True
 
 
 def _location(app: Celery) -> str | None:
