@@ -105,6 +105,8 @@ class Worker:
         pool: str,
     ) -> None:
         self.app = app
+        #: One of `POOLS`.
+        self.pool = pool
         #: Whether the last `stop` had to use SIGKILL.
         self.killed = False
         #: Whether the main process was killed, and could not remove billiard's temporary folder.
