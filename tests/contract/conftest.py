@@ -10,7 +10,7 @@ from contract.table import all_rows
 from harness.worker import pool_arguments
 
 #: By pool and broker. Not a fixture's parameter: pytest would group by the row as well.
-Runs = dict[tuple[str, str], Running]
+Runs = dict[tuple[str, str], Running | Exception]
 
 
 @pytest.fixture(scope="module")
@@ -43,5 +43,11 @@ def running(
             for name in ("plain", "isolated")
         )
         rows = [row for row in all_rows() if row.runs_in(pool, broker)]
-        runs[combination] = run(plain, isolated, rows)
-    return runs[combination]
+        try:
+            runs[combination] = run(plain, isolated, rows)
+        except Exception as exc:
+            runs[combination] = exc
+    done = runs[combination]
+    if isinstance(done, Exception):
+        raise done  # once for each row, and not run again for each
+    return done

@@ -17,6 +17,7 @@ Ids, process ids, times, addresses and names of machines are replaced by symbols
 """
 
 import json
+import pickle
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -161,7 +162,8 @@ class _Observer:
         raw = backend.get(backend.get_key_for_task(id))
         if raw is None:
             return None
-        meta = json.loads(raw) if backend.serializer == "json" else backend.decode_result(raw)
+        # A task may have a backend of its own.
+        meta = pickle.loads(raw) if raw[:1] == b"\x80" else json.loads(raw)
         del meta["date_done"]
         if meta["status"] == "STARTED":
             # Of the slot: the tracer stores this before it calls the task.
@@ -234,18 +236,21 @@ class _Observer:
         sent = self.side.sent[row.name]
         return "a result" if isinstance(sent, ResultBase) else describe(sent)
 
-    def _results(self, result: Any) -> Any:
+    def _results(self, result: Any, above: tuple[str, ...] = ()) -> Any:
         """The tree below a result, by what a client sees of it."""
         if isinstance(result, GroupResult):
-            return [self._results(member) for member in result.results]
+            return [self._results(member, above) for member in result.results]
         if not isinstance(result, AsyncResult):
             return None
+        if result.id in above:
+            return f"{result.id} again"  # a retried task is a child of itself
+        below = (*above, result.id)
         return {
             "id": result.id,
             "state": result.state,
             "result": describe(result.result),
             "traceback": result.traceback,
-            "children": [self._results(child) for child in result.children or ()],
+            "children": [self._results(child, below) for child in result.children or ()],
             "parent": result.parent.id if result.parent is not None else None,
         }
 

@@ -64,11 +64,23 @@ def note(*values: Any) -> None:
 
 
 def describe(value: Any) -> str:
-    """A value as text; types are visible."""
-    if isinstance(value, BaseException):
-        cls = type(value)
-        return f"<{cls.__module__}.{cls.__qualname__}> {value!r} args={value.args!r}"
-    return repr(value)
+    """A value as text; types are visible, and all that an exception carries."""
+    return _describe_exception(value, 0) if isinstance(value, BaseException) else repr(value)
+
+
+def _describe_exception(exc: BaseException, depth: int) -> str:
+    cls = type(exc)
+    parts = [f"<{cls.__module__}.{cls.__qualname__}> {exc!r} str={exc!s} args={exc.args!r}"]
+    if vars(exc):
+        parts.append(f"vars={ {name: repr(value) for name, value in sorted(vars(exc).items())}!r}")
+    related = {"cause": exc.__cause__, "context": exc.__context__}
+    related.update({f"part {n}": one for n, one in enumerate(getattr(exc, "exceptions", ()))})
+    for name, other in related.items():
+        if other is not None and depth < 4:
+            parts.append(f"{name}=({_describe_exception(other, depth + 1)})")
+    if exc.__suppress_context__:
+        parts.append("context suppressed")
+    return " ".join(parts)
 
 
 def _write(kind: str, name: str, call: dict[str, Any], **data: Any) -> None:

@@ -57,7 +57,7 @@ def run(plain: Side, isolated: Side, rows: Sequence[Row]) -> Running:
         for side in sides:
             side.wait_until_ready()
         for side in sides:
-            side.send(rows)
+            side.send([row for row in rows if row.plain or side is isolated])
         for side in sides:
             side.follow(rows)
         for side in sides:
@@ -71,7 +71,7 @@ def run(plain: Side, isolated: Side, rows: Sequence[Row]) -> Running:
 
 def _shown(side: Side, rows: Sequence[Row]) -> Shown:
     return Shown(
-        rows=observation.observe(side, rows),
+        rows=observation.observe(side, [row for row in rows if row.name in side.done]),
         other_log=observation.unattributed(side),
         unsettled=side.unsettled,
         exit_code=side.exit_code,

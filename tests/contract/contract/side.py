@@ -142,6 +142,8 @@ class Side:
         self.app = self._make_client()
         self.events = Events(self.app)
         self.worker: Worker
+        #: The names of the rows that were sent.
+        self.done: set[str] = set()
         #: By the name of a row.
         self.sent: dict[str, Any] = {}
         self.raised: dict[str, BaseException] = {}
@@ -212,6 +214,7 @@ class Side:
                     self.sent[row.name] = row.send(self.app)
                 except Exception as exc:
                     self.raised[row.name] = exc
+                self.done.add(row.name)
 
     def follow(self, rows: Sequence[Row]) -> None:
         for row in rows:

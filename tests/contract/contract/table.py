@@ -112,6 +112,8 @@ class Row:
         pools: where it runs; None means in all.
         scrub: pattern and replacement for text that differs from run to run.
         differs: set where the two sides are meant to differ.
+        plain: False keeps a row from the plain side, where it would end the worker; then `expects`
+            is not looked at and `differs` says what is expected.
     """
 
     name: str
@@ -124,9 +126,11 @@ class Row:
     pools: tuple[str, ...] | None = None
     scrub: tuple[tuple[str, str], ...] = field(default=())
     differs: Differs | None = None
+    plain: bool = True
 
     def __post_init__(self) -> None:
         assert self.expects, f"row {self.name!r} expects nothing, so it could not fail"
+        assert self.plain or self.differs, f"row {self.name!r} is not run where it is plain"
 
     def runs_in(self, pool: str, broker: str) -> bool:
         return broker in self.brokers and (self.pools is None or pool in self.pools)
