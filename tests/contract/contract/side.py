@@ -26,7 +26,7 @@ SUPPORT = HERE.parent / "support"
 
 TASK_CLASSES = {"plain": "celery:Task", "isolated": "isolated_tasks:IsolatedTask"}
 
-#: After this long, tasks that have not ended will not.
+#: After this long without anything new, tasks that have not ended will not.
 SETTLE_TIMEOUT = 12.0
 
 #: How many tasks run at a time, where the pool can.
@@ -247,8 +247,10 @@ class Side:
 
     def settle(self) -> None:
         """Wait until there is nothing left to do, and say what there is if that takes too long."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT
+        progress = -1
         while not self._is_settled():
+            if progress != (progress := self._progress()):
+                deadline = time.monotonic() + SETTLE_TIMEOUT
             if time.monotonic() > deadline or self.worker.process.poll() is not None:
                 self.unsettled = self._unsettled()
                 return
