@@ -55,6 +55,12 @@ _NOT_COMPARED = {
     "uuid",
 }
 
+#: Events of the worker itself, which come in order.
+_OWN_EVENTS = {
+    f"task-{kind}"
+    for kind in ("received", "started", "succeeded", "failed", "rejected", "revoked", "retried")
+}
+
 
 def observe(side: Side, rows: Iterable[Row]) -> dict[str, Seen]:
     """Return what a side has shown of each row, by the row's name."""
@@ -98,7 +104,8 @@ class _Observer:
                 "tasks": {self.symbols[id]: self._task(id) for id in ids},
             }
             seen[row.name] = _scrub(self.normal(values), row.scrub)
-            seen[row.name]["first"] = self.symbols[ids[0]] if ids else None
+            first = self.normal(self.symbols[ids[0]]) if ids else None
+            seen[row.name]["first"] = _scrub(first, row.scrub)
         return seen
 
     def other_log(self) -> list[str]:
@@ -151,7 +158,8 @@ class _Observer:
             "signals": self._signals(lines),
             "events": self._events(id, in_order=runs <= 1),
             "log": {
-                process: entries if runs <= 1 else sorted(entries)
+                # The consumer receives an attempt while the last one is still at its end.
+                process: entries if runs <= 1 else sorted(map(self.normal, entries))
                 for process, entries in sorted(self.log.get(id, {}).items())
             },
             "left": self.side.left.count(id),
@@ -194,8 +202,11 @@ class _Observer:
         found: Seen = defaultdict(list)
         for event in self.side.events.seen:
             if event.get("uuid") == id:
-                values = {k: v for k, v in event.items() if k not in _NOT_COMPARED}
-                group = "main" if event["hostname"] == self.side.worker.name else "others"
+                values = self.normal({k: v for k, v in event.items() if k not in _NOT_COMPARED})
+                # What a body sends comes from another process, and has no order among these.
+                is_own = event["type"] in _OWN_EVENTS
+                is_main = is_own and event["hostname"] == self.side.worker.name
+                group = "main" if is_main else "others"
                 found[group].append(values)
         for group in found:
             if not in_order or group != "main":

@@ -6,13 +6,17 @@ lines is the order in which things happened.
 
 import json
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from billiard.einfo import RemoteTraceback
 from celery import current_task, signals
+from celery._state import get_current_worker_task
 from celery.utils.dispatch import Signal
+from kombu.utils.encoding import safe_repr
 
 #: The signals that are recorded.
 SIGNALS = (
@@ -43,6 +47,14 @@ def start(path: str) -> None:
         signal.connect(_receivers[name], weak=False, dispatch_uid="contract")
 
 
+def read(path: str) -> list[dict[str, Any]]:
+    """What has been recorded so far."""
+    with open(path) as file:
+        text = file.read()
+    # A line that is being written may be seen in part.
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 @contextmanager
 def recording(path: str, row: str) -> Iterator[None]:
     """Record what happens in this process meanwhile, as part of a row."""
@@ -60,6 +72,9 @@ def recording(path: str, row: str) -> Iterator[None]:
 def note(*values: Any) -> None:
     """Have a body say something that both sides must say alike."""
     task = current_task._get_current_object()
+    if task is not None and task.request.id is None:
+        # Called as a function: by another body, by `celery.map`, or as an errback.
+        task = get_current_worker_task()
     _write("note", "note", _request_of(task), values=[describe(value) for value in values])
 
 
@@ -70,10 +85,17 @@ def describe(value: Any) -> str:
 
 def _describe_exception(exc: BaseException, depth: int) -> str:
     cls = type(exc)
-    parts = [f"<{cls.__module__}.{cls.__qualname__}> {exc!r} str={exc!s} args={exc.args!r}"]
+    if cls.__name__ == "RemoteTraceback":  # how billiard sends a traceback; its frames as lines
+        return f"<{cls.__module__}.{cls.__qualname__}>\n{exc!s}\n"
+    # Celery's, for exceptions whose own fail.
+    shown = f"{safe_repr(exc)} str={_text(exc)}"
+    parts = [f"<{cls.__module__}.{cls.__qualname__}> {shown} args={exc.args!r}"]
     if vars(exc):
         parts.append(f"vars={ {name: repr(value) for name, value in sorted(vars(exc).items())}!r}")
     related = {"cause": exc.__cause__, "context": exc.__context__}
+    if isinstance(exc.__cause__, RemoteTraceback):
+        # Billiard's, in the main process: the text of the traceback, with frames of Celery.
+        del related["cause"]
     related.update({f"part {n}": one for n, one in enumerate(getattr(exc, "exceptions", ()))})
     for name, other in related.items():
         if other is not None and depth < 4:
@@ -81,6 +103,13 @@ def _describe_exception(exc: BaseException, depth: int) -> str:
     if exc.__suppress_context__:
         parts.append("context suppressed")
     return " ".join(parts)
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except Exception as error:
+        return f"(raised {error!r})"
 
 
 def _write(kind: str, name: str, call: dict[str, Any], **data: Any) -> None:
@@ -113,7 +142,10 @@ def _on_publish(name: str, sender: Any, **kwargs: Any) -> None:
     call = _call(headers.get("id"), headers.get("root_id"), sender, headers.get("retries") or 0)
     data: dict[str, Any] = {"headers": {key: repr(value) for key, value in headers.items()}}
     if "properties" in kwargs:  # before it is published
-        data["properties"] = {key: repr(v) for key, v in kwargs["properties"].items()}
+        properties = dict(kwargs["properties"])
+        if "expiration" in properties:  # in seconds from now
+            properties["expiration"] = type(properties["expiration"])
+        data["properties"] = {key: repr(value) for key, value in properties.items()}
         data["body"] = repr(kwargs["body"])
     data["to"] = repr((kwargs.get("exchange"), kwargs.get("routing_key")))
     _write("signal", name, call, **data)
@@ -148,7 +180,25 @@ def _on_task(name: str, sender: Any, **kwargs: Any) -> None:
     call = _request_of(sender)
     if "task_id" in kwargs:
         call["id"] = kwargs["task_id"]
+    if name == "task_prerun":
+        _wait_for_last_attempt(call["id"], call["retries"])
     _write("signal", name, call, **data)
+
+
+def _wait_for_last_attempt(id: str, retries: int) -> None:
+    """Wait until the attempt that has sent this one has ended.
+
+    A retry is sent in the middle of an attempt. Where another slot is free, the two overlap, and
+    it is a matter of speed which of them writes the state of the task last.
+    """
+    assert _path is not None
+    deadline = time.monotonic() + 10.0
+    while retries and time.monotonic() < deadline:
+        last = [line for line in read(_path) if line["id"] == id and line["retries"] == retries - 1]
+        begun = sum(line["name"] == "task_prerun" for line in last)
+        if sum(line["name"] == "task_postrun" for line in last) >= begun:
+            return
+        time.sleep(0.01)  # a file gives no event that all pools could wait for
 
 
 def _described(kwargs: dict[str, Any], *names: str) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """One worker that all rows are sent to: plain, or isolated."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -277,7 +276,7 @@ class Side:
 
     def lines(self) -> list[dict[str, Any]]:
         """What was recorded."""
-        return [json.loads(line) for line in self.record.read_text().splitlines()]
+        return recorder.read(str(self.record))
 
     def _all_arrived(self) -> bool:
         sent: Counter[str] = Counter()

@@ -4,7 +4,7 @@ import logging
 from typing import Any, NoReturn
 
 from celery import Task
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 
 from contract.recorder import note
@@ -73,15 +73,6 @@ def launch(self: Task, *, and_fail: bool) -> str:
 @task()
 def ignore() -> NoReturn:
     raise Ignore("for a reason")
-
-
-@task(bind=True, acks_late=True)
-def reject(self: Task, *, requeue: bool) -> str:
-    redelivered = self.request.delivery_info["redelivered"]
-    note(redelivered)
-    if redelivered:
-        return "the second time"
-    raise Reject("no", requeue=requeue)
 
 
 @task(bind=True)
@@ -173,18 +164,6 @@ ROWS = [
         "Ignore leaves no result",
         lambda app: ignore.on(app).delay(),
         expects={"state": "STARTED", "runs": 1, "log": "ignored"},
-    ),
-    Row(
-        "Reject with requeue runs again",
-        lambda app: reject.on(app).delay(requeue=True),
-        expects={"state": "SUCCESS", "runs": 2, "notes": ["False", "True"]},
-        brokers=("redis", "amqp"),
-    ),
-    Row(
-        "Reject without requeue does not run again",
-        lambda app: reject.on(app).delay(requeue=False),
-        expects={"runs": 1, "notes": ["False"], "log": "Reject", "left": 0},
-        brokers=("redis", "amqp"),
     ),
     Row(
         "what a body logs",
