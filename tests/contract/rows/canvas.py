@@ -1,6 +1,7 @@
 """Chains, groups, chords, links, stamps, maps, replaced tasks, and tasks that bodies launch."""
 
 from collections.abc import Callable, Iterator, Mapping
+from traceback import extract_tb
 from typing import Any, NoReturn
 
 from celery import Celery, Task, chain, chord, current_app, current_task, group, signature
@@ -77,6 +78,14 @@ def fail(*args: Any) -> NoReturn:
 
 
 @task()
+def fail_because(*args: Any) -> NoReturn:
+    try:
+        fail.on(current_app)(*args)
+    except LookupError as cause:
+        raise ValueError("because of", *args) from cause
+
+
+@task()
 def ignore(*args: Any) -> NoReturn:
     note("ignore", args)
     raise Ignore("no result")
@@ -104,11 +113,20 @@ def make_list(size: int) -> list[int]:
 # ── errbacks ────────────────────────────────────────────────────────────────────────────────────
 
 
+def own_frames(exc: BaseException) -> list[str]:
+    return [frame.name for frame in extract_tb(exc.__traceback__) if frame.filename == __file__]
+
+
 @task()
 def on_error(request: Any, exc: BaseException, traceback: Any, *more: Any) -> None:
     note("errback", type(request).__name__, request.id, request.get("task"), request.retries)
     note(exc, type(traceback).__name__, "in fail" in str(traceback), more)
-    note(current_task.name, get_current_worker_task().name, request.id == current_task.request.id)
+    note(current_task.name, get_current_worker_task().name, current_task.request.id)
+
+
+@task()
+def on_error_look(request: Any, exc: BaseException, traceback: Any) -> None:
+    note(exc, own_frames(exc))
 
 
 @task()
@@ -714,7 +732,8 @@ CHORDS = [
                 total.on(app).s().on_error(on_error_bound.on(app).s("of the body")),
             )
         ),
-        expects={"check": mentions("'bound errback'")},
+        # Its root is the body, which is never sent; so it is seen among the results only.
+        expects={"check": lambda seen: "canvas.on_error_bound" in str(seen["results"])},
         scrub=any_of("add", "fail"),
     ),
     Row(
@@ -910,6 +929,11 @@ ERRBACKS = [
         expects={"tasks": 1, "state": FAILURE, "check": mentions("('more', 1)")},
     ),
     Row(
+        "errback: what it sees of an exception with a cause",
+        lambda app: fail_because.on(app).apply_async(("x",), link_error=on_error_look.on(app).s()),
+        expects={"tasks": 1, "state": FAILURE, "check": mentions("['fail_because']")},
+    ),
+    Row(
         "errback: bound, called as a task",
         lambda app: fail.on(app).apply_async(("x",), link_error=on_error_bound.on(app).s("more")),
         expects={"tasks": 2, "states": [FAILURE, SUCCESS], "check": mentions("'bound errback'")},
@@ -946,14 +970,6 @@ ERRBACKS = [
         look=lambda app, result: [child.id for child in result.children or ()],
     ),
     Row(
-        "errback: a chain",
-        lambda app: fail.on(app).apply_async(
-            ("x",),
-            link_error=chain(on_error_bound.on(app).s("first"), show.on(app).s("second")),
-        ),
-        expects={"tasks": 3, "states": [FAILURE, SUCCESS, SUCCESS]},
-    ),
-    Row(
         "errback: only after the last try",
         lambda app: fail_at_each_try.on(app).apply_async(("x",), link_error=on_error.on(app).s()),
         expects={"state": FAILURE, "runs": 2, "check": mentions("'errback'")},
@@ -972,6 +988,8 @@ ERRBACKS = [
             ("x",), link_error=signature("canvas.unknown", app=app)
         ),
         expects={"tasks": 2, "states": [FAILURE] * 2},
+        # Elsewhere two threads log at the same time.
+        pools=("prefork", "solo"),
     ),
 ]
 
@@ -981,7 +999,7 @@ STAMPS = [
         lambda app: stamped(
             show_stamps.on(app).s("x").set(link=[show_stamps.on(app).s("link")]), reason="audit"
         ),
-        expects={"tasks": 2, "states": [SUCCESS] * 2, "check": mentions("['audit']")},
+        expects={"tasks": 2, "states": [SUCCESS] * 2, "check": mentions("'reason': 'audit'")},
     ),
     Row(
         "stamps: by a visitor, of a chain",
