@@ -221,25 +221,6 @@ def on_retry_fails(self: Task) -> int:
 # ── acknowledged late ───────────────────────────────────────────────────────────────────────────
 
 
-@task(acks_late=True)
-def fail_late(key: str) -> NoReturn:
-    raise LookupError(key)
-
-
-@task(acks_late=True, acks_on_failure_or_timeout=False)
-def fail_without_ack(key: str) -> NoReturn:
-    note("fails once")
-    raise LookupError(key)
-
-
-@task(bind=True, acks_late=True, max_retries=2)
-def retry_late(self: Task) -> str:
-    note(self.request.retries, self.request.delivery_info["redelivered"])
-    if self.request.retries < 2:
-        raise self.retry(countdown=0)
-    return "late"
-
-
 @task(bind=True, acks_late=True, acks_on_failure_or_timeout=False, max_retries=1)
 def retry_without_ack(self: Task) -> NoReturn:
     raise self.retry(countdown=0, exc=LookupError("in the end"))
@@ -331,8 +312,9 @@ def divide_once(number: int) -> float:
 
 @task(bind=True, autoretry_for=(Exception,), max_retries=None, default_retry_delay=0)
 def divide_in_the_end(self: Task, number: int) -> float:
-    note(self.request.retries)
-    return number / (self.request.retries // 5)
+    retries: int = self.request.retries
+    note(retries)
+    return number / (retries // 5)
 
 
 @task(bind=True, autoretry_for=(Exception,), default_retry_delay=0, max_retries=9)
@@ -690,24 +672,6 @@ ROWS = [
         "retry: on_retry fails",
         lambda app: on_retry_fails.on(app).delay(),
         expects={"runs": 2, "check": lambda seen: "on_retry" in str(seen)},
-    ),
-    Row(
-        "late: a failure",
-        lambda app: fail_late.on(app).delay("late"),
-        expects={"state": "FAILURE", "error": "LookupError", "runs": 1, "left": 0},
-        brokers=("redis", "amqp"),
-    ),
-    Row(
-        "late: a failure that is not acknowledged",
-        lambda app: fail_without_ack.on(app).delay("without ack"),
-        expects={"state": "FAILURE", "error": "LookupError", "runs": 1, "left": 0},
-        brokers=("redis", "amqp"),
-    ),
-    Row(
-        "late: a retry",
-        lambda app: retry_late.on(app).delay(),
-        expects={"state": "SUCCESS", "result": "late", "runs": 3, "left": 0},
-        brokers=("redis", "amqp"),
     ),
     Row(
         "late: a retry that ends in a failure that is not acknowledged",
