@@ -233,7 +233,8 @@ class _Observer:
             place = "main" if process == "MainProcess" else "pool"
             entry = f"{level}/{place}: {text.rstrip()}"
             id = next((found for found in _UUID.findall(text) if found in self.symbols), None)
-            if id is None:
+            # It mentions the task that has failed, but is logged by the one that has ended last.
+            if id is None or text.startswith("Chord "):
                 others.append(entry)
             else:
                 log[id][place].append(entry)
