@@ -192,7 +192,7 @@ def _wait_for_last_attempt(id: str, retries: int) -> None:
     it is a matter of speed which of them writes the state of the task last.
     """
     assert _path is not None
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 2.0
     while retries and time.monotonic() < deadline:
         last = [line for line in read(_path) if line["id"] == id and line["retries"] == retries - 1]
         begun = sum(line["name"] == "task_prerun" for line in last)
