@@ -13,7 +13,6 @@ import linecache
 import os
 import re
 import struct
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, NoReturn
@@ -231,7 +230,7 @@ def a_group_with_notes() -> NoReturn:
 
 @failure
 def a_group_with_a_member_that_is_not_pickled() -> NoReturn:
-    raise ExceptionGroup("of two", [_caught(with_a_lock), _caught(attributes)])
+    raise ExceptionGroup("of two", [_caught(with_a_connection), _caught(attributes)])
 
 
 @failure
@@ -278,10 +277,20 @@ class KeywordsOnly(Exception):
         self.code = code
 
 
-class WithLock(LookupError):
+class Connection:
+    """Cannot be pickled, as a lock, a socket or a file cannot be; gevent replaces all of these."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle a connection")
+
+    def __repr__(self) -> str:
+        return "<a connection>"
+
+
+class WithConnection(LookupError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.lock = threading.Lock()
+        self.connection = Connection()
         self.code = 4
 
 
@@ -367,13 +376,13 @@ def keywords_only() -> NoReturn:
 
 
 @failure
-def with_a_lock() -> NoReturn:
-    raise WithLock("of a lock")
+def with_a_connection() -> NoReturn:
+    raise WithConnection("of a connection")
 
 
 @failure
-def a_lock_among_the_arguments() -> NoReturn:
-    raise LookupError("of a lock", threading.Lock())
+def a_connection_among_the_arguments() -> NoReturn:
+    raise LookupError("of a connection", Connection())
 
 
 @failure
@@ -445,8 +454,8 @@ def equal_to_all() -> NoReturn:
 
 
 @failure
-def a_cause_with_a_lock() -> NoReturn:
-    raise ValueError("because of a lock") from _caught(with_a_lock)
+def a_cause_with_a_connection() -> NoReturn:
+    raise ValueError("because of a connection") from _caught(with_a_connection)
 
 
 @failure
@@ -718,13 +727,13 @@ def reject_with_an_exception() -> NoReturn:
 
 
 @failure
-def reject_with_a_lock() -> NoReturn:
-    raise Reject(threading.Lock(), requeue=False)
+def reject_with_a_connection() -> NoReturn:
+    raise Reject(Connection(), requeue=False)
 
 
 @failure
-def ignore_with_a_lock() -> NoReturn:
-    raise Ignore(threading.Lock())
+def ignore_with_a_connection() -> NoReturn:
+    raise Ignore(Connection())
 
 
 @failure
@@ -787,9 +796,9 @@ class ByJson:
         return {"by": "__json__"}
 
 
-class ByJsonWithLock(ByJson):
+class ByJsonWithConnection(ByJson):
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.connection = Connection()
 
 
 class ByJsonNotLoaded(ByJson):
@@ -828,7 +837,7 @@ def no_json_inside() -> object:
 
 @result
 def no_pickle() -> object:
-    return threading.Lock()
+    return Connection()
 
 
 @result
@@ -858,8 +867,8 @@ def by_json() -> object:
 
 
 @result
-def by_json_with_a_lock() -> object:
-    return ByJsonWithLock()
+def by_json_with_a_connection() -> object:
+    return ByJsonWithConnection()
 
 
 @result
@@ -1028,10 +1037,10 @@ KEEPS_CLASS = Differs(
     "its own, with the attributes that pickle.",
     isolated={
         "state": "FAILURE",
-        "error": "WithLock",
-        "message": "of a lock",
-        "trace": "in with_a_lock\n",
-        "log": r"WithLock\('of a lock'\)",
+        "error": "WithConnection",
+        "message": "of a connection",
+        "trace": "in with_a_connection\n",
+        "log": r"WithConnection\('of a connection'\)",
     },
 )
 NO_PICKLE = Differs(
@@ -1152,7 +1161,7 @@ GROUPS = [
             isolated={
                 "state": "FAILURE",
                 "error": "ExceptionGroup",
-                "trace": r"(?s)in with_a_lock\n.*in attributes\n",
+                "trace": r"(?s)in with_a_connection\n.*in attributes\n",
             },
         ),
     ),
@@ -1183,24 +1192,24 @@ HARD = [
     ),
     _failing("a class whose __init__ takes keywords only", keywords_only, WRAPPER),
     _failing(
-        "an exception holds a lock",
-        with_a_lock,
+        "an exception holds a connection",
+        with_a_connection,
         "LookupError",
-        message="of a lock",
+        message="of a connection",
         differs=KEEPS_CLASS,
     ),
     _failing(
-        "an exception has a lock among its arguments",
-        a_lock_among_the_arguments,
+        "an exception has a connection among its arguments",
+        a_connection_among_the_arguments,
         WRAPPER,
-        message="LookupError.*of a lock",
+        message="LookupError.*of a connection",
         differs=Differs(
             reason="RemoteError is what UnpickleableExceptionWrapper is to Celery.",
             isolated={
                 "state": "FAILURE",
                 "error": "RemoteError",
-                "message": "builtins.LookupError: .*of a lock",
-                "trace": "in a_lock_among_the_arguments\n",
+                "message": "builtins.LookupError: .*of a connection",
+                "trace": "in a_connection_among_the_arguments\n",
             },
         ),
     ),
@@ -1218,12 +1227,12 @@ HARD = [
     _failing("an exception that is false", empty, "Empty", message="an argument"),
     _failing("an exception that equals all", equal_to_all, "EqualToAll", message="an argument"),
     _failing(
-        "a cause holds a lock",
-        a_cause_with_a_lock,
+        "a cause holds a connection",
+        a_cause_with_a_connection,
         "ValueError",
-        log="in with_a_lock\n",
+        log="in with_a_connection\n",
         # It does not come over.
-        scrub=((r", 'lock': '<unlocked .*?<address>>'", ""),),
+        scrub=((", 'connection': '<a connection>'", ""),),
     ),
     _failing(
         "a class whose __init__ takes other arguments, and a cause",
@@ -1311,8 +1320,8 @@ PLACES = [
         unseen="raised unexpected",
     ),
     _failing(
-        "an exception that is expected, and holds a lock",
-        with_a_lock,
+        "an exception that is expected, and holds a connection",
+        with_a_connection,
         "LookupError",
         of=fail_as_expected,
         log=r"INFO/\w+: Task .* raised expected",
@@ -1354,14 +1363,13 @@ CELERYS = [
     ),
     Row(
         "Reject with a reason that cannot be pickled",
-        lambda app: fail.on(app).delay("reject_with_a_lock"),
+        lambda app: fail.on(app).delay("reject_with_a_connection"),
         expects={"runs": 1, "log": "reject requeue=False", "left": 0},
         pools=ONE_PROCESS,
-        scrub=((r"<unlocked .*?<address>>", "<lock>"),),
     ),
     Row(
         "Ignore with a reason that cannot be pickled",
-        lambda app: fail.on(app).delay("ignore_with_a_lock"),
+        lambda app: fail.on(app).delay("ignore_with_a_connection"),
         expects={"runs": 1, "log": "ignored"},
         pools=ONE_PROCESS,
     ),
@@ -1430,7 +1438,7 @@ RESULTS = [
     _giving("a result with __json__", by_json, state="SUCCESS", result={"by": "__json__"}),
     _giving(
         "a result with __json__ that cannot be pickled",
-        by_json_with_a_lock,
+        by_json_with_a_connection,
         state="SUCCESS",
         result={"by": "__json__"},
         differs=Differs(

@@ -674,13 +674,13 @@ ROWS = [
         "the main thread",
         whether_it_has_the_main_thread,
         "True",
-        pools=(*PROCESSES, "gevent", "solo"),
+        pools=(*PROCESSES, "solo"),
     ),
     _finding(
         "a thread of the pool",
         whether_it_has_the_main_thread,
         "False",
-        pools=("threads",),
+        pools=("threads", "gevent", "eventlet"),
         differs=Differs(
             reason="A body has the main thread of its process.",
             isolated={"state": "SUCCESS", "notes": ["True"]},
