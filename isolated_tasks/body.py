@@ -52,6 +52,9 @@ _NOT_SEARCHED = frozenset({"__main__", "__mp_main__", "celery", "isolated_tasks"
 #: Libraries may take this long, in seconds, to send what they have buffered, when a child exits.
 FLUSH_SECONDS = 3.0
 
+#: The signature of a retry, pickled, up to which it goes back to the slot, in bytes.
+MAX_RETRIED = 64 * 1024
+
 #: The app that this forkserver or child has loaded.
 _app: Celery | None = None
 
@@ -71,6 +74,7 @@ def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
         "hostname": hostname,
         "changes": _picklable_settings(app),
         "parts": _parts(app),
+        "queues": _consumed(app),
         # The rest of what a process has is inherited by the forkserver that the worker starts.
         "locale": locale.setlocale(locale.LC_ALL),
     }
@@ -119,6 +123,8 @@ def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = Tru
     app.conf.update({name: pickle.loads(value) for name, value in description["changes"].items()})
     if import_tasks:
         app.loader.init_worker()
+    if description["queues"] is not None:
+        app.amqp.queues.select(description["queues"])
     # Current and default app, finalised, and the patch by which calling a plain task in a body
     # behaves as it does in a worker.
     trace.setup_worker_optimizations(app, description["hostname"])
@@ -126,6 +132,14 @@ def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = Tru
     # it is first used; once here is cheaper than in each child. Neither opens anything.
     _ = app.log
     importlib.import_module(app.amqp_cls.partition(":")[0])
+
+
+def _consumed(app: Celery) -> list[str] | None:
+    """The queues that this worker was told to consume from, as it publishes to them."""
+    if "amqp" not in vars(app):
+        return None
+    queues = app.amqp.queues
+    return None if queues.consume_from is queues else list(queues.consume_from)
 
 
 def _parts(app: Celery) -> bytes:
@@ -264,18 +278,32 @@ def run(call: BodyCall) -> Outcome:
 
 def _outcome(task: Any, call: BodyCall) -> Outcome:
     frame = sys._getframe()
-    try:
-        with _surroundings(task, call):
+    with _surroundings(task, call):
+        # What the body raises does not leave this block: contextlib sets its __traceback__, which
+        # an exception that is a frozen dataclass refuses.
+        try:
             function = task if call.directly else task.callable_in_child()
             value = function(*call.args, **call.kwargs)
-    except BaseException as exc:
-        outcome = Outcome(failure=Failure.of(exc, skip=frame))
-        if isinstance(exc, Retry) and exc.is_eager and exc.sig is not None:
-            # What apply() runs next, and a pickled Retry loses.
-            outcome.notes["retry"] = dict(exc.sig)
-        return outcome
+        except BaseException as exc:
+            outcome = Outcome(failure=Failure.of(exc, skip=frame))
+            if isinstance(exc, Retry) and exc.sig is not None:
+                outcome.notes["retry"] = _retried(exc)
+            return outcome
     stand_in = functools.partial(_stand_in, task, value, is_ignored=call.result_is_ignored)
     return Outcome(value, stand_in=stand_in)
+
+
+def _retried(exc: Retry) -> tuple[bytes | None, bool]:
+    """What a pickled `Retry` loses: the message that it has sent, or that ``apply()`` runs next.
+
+    Hooks and receivers may look at it, so it goes along unless it is large.
+    """
+    pickled = None
+    with contextlib.suppress(Exception):
+        pickled = bytes(pickling.dumps(dict(exc.sig)).body)
+    if pickled is not None and len(pickled) > MAX_RETRIED and not exc.is_eager:
+        pickled = None
+    return pickled, exc.is_eager
 
 
 @contextlib.contextmanager

@@ -275,7 +275,8 @@ def _isolate(
     if outcome.failure is not None:
         error = outcome.failure.exception()
         if "retry" in outcome.notes and isinstance(error, Retry):
-            error.sig, error.is_eager = signature(outcome.notes["retry"], app=task.app), True
+            pickled, error.is_eager = outcome.notes["retry"]
+            error.sig = signature(pickle.loads(pickled), app=task.app) if pickled else None
         _fail(task, _raisable(error), directly=directly)
     return outcome.value
 

@@ -227,10 +227,26 @@ def _run(call: protocol.Call) -> Outcome:
     return value if isinstance(value, Outcome) else Outcome(value=value)
 
 
+#: Types of results of which pickle itself makes sure that they load.
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+
+#: A larger result is not loaded in the child to see whether it does, in bytes.
+_LOADED_UP_TO = 256 * 1024
+
+
+def _see_it_load(pickled: pickling.Pickled) -> None:
+    """Raise here what the requester would, while there still is something else to send."""
+    if pickled.size <= _LOADED_UP_TO:
+        pickling.loads(pickled)
+
+
 def _pickle_outcome(outcome: Outcome, task: str) -> pickling.Pickled:
     stand_in, outcome = outcome.stand_in, dataclasses.replace(outcome, stand_in=None)
     try:
-        return pickling.dumps(outcome)
+        pickled = pickling.dumps(outcome)
+        if stand_in is not None and type(outcome.value) not in _PLAIN:
+            _see_it_load(pickled)
+        return pickled
     except Exception as exc:
         error = exc
     if stand_in is not None:

@@ -21,7 +21,7 @@ import collections
 import contextlib
 import linecache
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +56,8 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An exception, on its way."""
+class _Part:
+    """One exception of a chain; the others by their position in `Failure.parts`."""
 
     type_name: str
     text: str
@@ -65,12 +65,23 @@ class Failure:
     pickled: bytes | None
     #: Way 2: the class, the args and the attributes, each pickled.
     taken_apart: tuple[bytes, bytes, dict[str, bytes]] | None
+    #: Attributes that way 1 may lose in silence: those in ``__slots__``.
+    slots: dict[str, bytes]
     frames: tuple[Frame, ...]
-    cause: Failure | None = None
-    context: Failure | None = None
-    suppress_context: bool = False
+    suppress_context: bool
+    cause: int | None = None
+    context: int | None = None
     #: Of an exception group, in its order.
-    members: tuple[Failure, ...] = ()
+    members: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception, on its way, with all that hang on it."""
+
+    #: The exception itself is the first. One may be the cause of several, and a chain may be a
+    #: circle.
+    parts: tuple[_Part, ...]
 
     @classmethod
     def of(cls, exc: BaseException, *, skip: types.FrameType | None = None) -> Failure:
@@ -80,36 +91,48 @@ class Failure:
             exc: What the body raised.
             skip: The frame of ours that called the body: the traceback begins below it.
         """
-        return _describe(exc, skip, seen=set())
+        return cls(tuple(_Describer(skip).describe(exc)))
 
     def exception(self) -> BaseException:
         """The exception again, with its traceback and its chain."""
-        return self._dress(self._bare())
+        bare: dict[int, BaseException] = {}
+        for position in range(len(self.parts)):
+            self._build(position, bare)
+        for position, part in enumerate(self.parts):
+            exc = bare[position]
+            # Not exc.__cause__ = …: a frozen dataclass refuses that.
+            _set(exc, "__traceback__", _traceback(part.frames))
+            if part.cause is not None:
+                _set(exc, "__cause__", bare[part.cause])
+            if part.context is not None:
+                _set(exc, "__context__", bare[part.context])
+            _set(exc, "__suppress_context__", part.suppress_context)
+        return bare[0]
 
-    def _dress(self, exc: BaseException) -> BaseException:
-        exc.__traceback__ = _traceback(self.frames)
-        if self.cause is not None:
-            exc.__cause__ = self.cause.exception()
-        if self.context is not None:
-            exc.__context__ = self.context.exception()
-        exc.__suppress_context__ = self.suppress_context
-        for member, failure in zip(getattr(exc, "exceptions", ()), self.members, strict=False):
-            failure._dress(member)
+    def _build(self, position: int, bare: dict[int, BaseException]) -> BaseException:
+        if position in bare:
+            return bare[position]
+        part = self.parts[position]
+        exc = _loaded(part)
+        if exc is None and part.taken_apart is not None:
+            members = [self._build(member, bare) for member in part.members]
+            with contextlib.suppress(Exception):
+                exc = _put_together(*part.taken_apart, members)
+        if exc is None:
+            exc = RemoteError(
+                f"{part.type_name}: {part.text}", {"type_name": part.type_name, "text": part.text}
+            )
+        for name, pickled in part.slots.items():
+            with contextlib.suppress(Exception):
+                object.__setattr__(exc, name, pickling.loads(pickling.Pickled(pickled)))
+        bare[position] = exc
+        for member, loaded in zip(part.members, getattr(exc, "exceptions", ()), strict=False):
+            # A group that was pickled as a whole has brought its members along.
+            bare[member] = loaded
         return exc
 
-    def _bare(self) -> BaseException:
-        if self.pickled is not None:
-            with contextlib.suppress(Exception):
-                loaded = pickling.loads(pickling.Pickled(self.pickled))
-                if isinstance(loaded, BaseException):
-                    return loaded
-        if self.taken_apart is not None:
-            with contextlib.suppress(Exception):
-                members = [member._bare() for member in self.members]
-                return _put_together(*self.taken_apart, members)
-        return RemoteError(
-            f"{self.type_name}: {self.text}", {"type_name": self.type_name, "text": self.text}
-        )
+
+_set = BaseException.__setattr__
 
 
 @dataclass(frozen=True)
@@ -133,27 +156,44 @@ class Outcome:
         return self.value
 
 
-def _describe(exc: BaseException, skip: types.FrameType | None, seen: set[int]) -> Failure:
-    seen.add(id(exc))
+class _Describer:
+    """Follows causes, contexts and members, and describes each exception once."""
 
-    def follow(other: BaseException | None) -> Failure | None:
-        if other is None or id(other) in seen or len(seen) > MAX_CHAIN:
+    def __init__(self, skip: types.FrameType | None) -> None:
+        self._skip = skip
+        self._parts: list[_Part | None] = []
+        self._positions: dict[int, int] = {}
+
+    def describe(self, exc: BaseException) -> list[_Part]:
+        self._visit(exc)
+        return [part for part in self._parts if part is not None]
+
+    def _visit(self, exc: BaseException | None) -> int | None:
+        if exc is None:
             return None
-        return _describe(other, skip, seen)
-
-    pickled = _pickled(exc)
-    members = getattr(exc, "exceptions", ()) if _is_group(exc) else ()
-    return Failure(
-        type_name=f"{type(exc).__module__}.{type(exc).__qualname__}",
-        text=_text(exc),
-        pickled=pickled,
-        taken_apart=_taken_apart(exc) if pickled is None else None,
-        frames=_frames(exc.__traceback__, skip),
-        cause=follow(exc.__cause__),
-        context=follow(exc.__context__),
-        suppress_context=exc.__suppress_context__,
-        members=tuple(_describe(member, skip, seen) for member in members),
-    )
+        if id(exc) in self._positions:
+            return self._positions[id(exc)]
+        if len(self._parts) >= MAX_CHAIN:
+            return None
+        position = self._positions[id(exc)] = len(self._parts)
+        self._parts.append(None)
+        # A group before its members: what it brings along is what they are then.
+        pickled = _pickled(exc)
+        members = getattr(exc, "exceptions", ()) if _is_group(exc) else ()
+        positions = [self._visit(member) for member in members]
+        self._parts[position] = _Part(
+            type_name=f"{type(exc).__module__}.{type(exc).__qualname__}",
+            text=_text(exc),
+            pickled=pickled,
+            taken_apart=_taken_apart(exc) if pickled is None else None,
+            slots=_slots(exc),
+            frames=_frames(exc.__traceback__, self._skip),
+            suppress_context=exc.__suppress_context__,
+            members=tuple(one for one in positions if one is not None),
+            cause=self._visit(exc.__cause__),
+            context=self._visit(exc.__context__),
+        )
+        return position
 
 
 def _is_group(exc: BaseException) -> bool:
@@ -174,12 +214,36 @@ def _pickled(exc: BaseException) -> bytes | None:
     try:
         pickled = bytes(pickling.dumps(exc).body)
         loaded = pickling.loads(pickling.Pickled(pickled))
-        if type(loaded) is type(exc) and len(loaded.args) == len(exc.args):
+        if type(loaded) is not type(exc):
+            return None
+        # Where the class says itself how it is rebuilt, the way may leave other args behind.
+        is_own_way = type(exc).__reduce__ is not BaseException.__reduce__
+        if len(loaded.args) == len(exc.args) or (is_own_way and str(loaded) == str(exc)):
             return pickled
     except Exception:
         # Whatever a class's __reduce__ or __init__ raises: the other ways are for that.
         return None
     return None
+
+
+def _slots(exc: BaseException) -> dict[str, bytes]:
+    names = {
+        name
+        for cls in type(exc).__mro__
+        for name in _names(vars(cls).get("__slots__", ()))
+        if not name.startswith("__")
+    }
+    # What a class's own way of pickling may leave behind differently.
+    names |= {"args"} if type(exc).__reduce__ is not BaseException.__reduce__ else set()
+    pickled = {}
+    for name in names:
+        with contextlib.suppress(Exception):
+            pickled[name] = bytes(pickling.dumps(getattr(exc, name)).body)
+    return pickled
+
+
+def _names(slots: object) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)  # type: ignore[arg-type]
 
 
 def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | None:
@@ -197,6 +261,15 @@ def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | 
     return cls, args, attributes
 
 
+def _loaded(part: _Part) -> BaseException | None:
+    if part.pickled is not None:
+        with contextlib.suppress(Exception):
+            loaded = pickling.loads(pickling.Pickled(part.pickled))
+            if isinstance(loaded, BaseException):
+                return loaded
+    return None
+
+
 def _put_together(
     cls: bytes, args: bytes, attributes: dict[str, bytes], members: list[BaseException]
 ) -> BaseException:
@@ -207,7 +280,7 @@ def _put_together(
     values = (*load(args), members) if members else load(args)
     # Not exc_class(*values): that is what cannot be done with such a class.
     exc: BaseException = exc_class.__new__(exc_class, *values)
-    exc.args = values
+    _set(exc, "args", values)
     for name, value in attributes.items():
         exc.__dict__[name] = load(value)
     return exc
