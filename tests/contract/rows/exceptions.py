@@ -1052,6 +1052,10 @@ NO_PICKLE = Differs(
         "log": "cannot be pickled",
     },
 )
+STAND_IN = Differs(
+    reason="Hooks and receivers get what the backend will hold; the object cannot leave.",
+    isolated={"state": "SUCCESS", "result": {"by": "__json__"}, "log": "succeeded in"},
+)
 
 CARRIED = [
     _failing(
@@ -1310,7 +1314,7 @@ PLACES = [
     _failing("in the middle of a line", in_the_middle_of_a_line, "ZeroDivisionError"),
     _failing("another traceback", with_another_traceback, "LookupError", log="in attributes\n"),
     _failing("an error of json", json_error, "JSONDecodeError", message="Expecting value"),
-    _failing("an error of re", regular_expression_error, "error", message="unterminated"),
+    _failing("an error of re", regular_expression_error, re.error.__name__, message="unterminated"),
     _failing(
         "an exception that is expected",
         a_key_error,
@@ -1441,16 +1445,14 @@ RESULTS = [
         by_json_with_a_connection,
         state="SUCCESS",
         result={"by": "__json__"},
-        differs=Differs(
-            reason="Hooks and receivers get what the backend will hold; the object cannot leave.",
-            isolated={"state": "SUCCESS", "result": {"by": "__json__"}, "log": "succeeded in"},
-        ),
+        differs=STAND_IN,
     ),
     _giving(
         "a result with __json__ that does not load",
         by_json_not_loaded,
         state="SUCCESS",
         result={"by": "__json__"},
+        differs=STAND_IN,
     ),
     _giving("results of other types", other_values, state="SUCCESS"),
     _giving("a long string as a result", a_long_string, state="SUCCESS", result="long " * 5_000),
