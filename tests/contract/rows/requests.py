@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -41,6 +40,12 @@ def noted(*beginnings: str) -> Callable[[Seen], bool]:
         return all(any(note.startswith(one) for note in notes) for one in beginnings)
 
     return check
+
+
+def not_stored(seen: Seen) -> bool:
+    """Whether there is no result; Celery 5.5 stores the start of a call that ignores its result."""
+    meta = observation.first_task(seen)["meta"]
+    return meta is None or meta["status"] == "STARTED"
 
 
 # ── the request ─────────────────────────────────────────────────────────────────────────────────
@@ -92,7 +97,7 @@ class Prepares(Hooks):
 
     def before_start(self: Any, task_id: str, args: Any, kwargs: Any) -> None:
         self.request.prepared = {"for": "the body"}
-        self.request.lock = threading.Lock()  # cannot be pickled
+        self.request.numbers = (n for n in (1, 2))  # cannot be pickled
         super().before_start(task_id, args, kwargs)
 
 
@@ -1000,13 +1005,13 @@ ROWS = [
     Row(
         "a result that is ignored by the call and cannot be pickled",
         lambda app: give_unpicklable_if_ignored.on(app).apply_async(("match",), ignore_result=True),
-        expects={"state": None, "runs": 1, "log": "succeeded in"},
+        expects={"runs": 1, "log": "succeeded in", "check": not_stored},
         trap=25,
     ),
     Row(
         "a call that ignores the result",
         lambda app: double.on(app).apply_async((5,), ignore_result=True),
-        expects={"state": None, "runs": 1, "log": "succeeded in"},
+        expects={"runs": 1, "log": "succeeded in", "check": not_stored},
     ),
     Row(
         "a call that does not ignore the result though the task does",
