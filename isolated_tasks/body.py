@@ -278,12 +278,13 @@ def run(call: BodyCall) -> Outcome:
 
 def _outcome(task: Any, call: BodyCall) -> Outcome:
     frame = sys._getframe()
-    with _surroundings(task, call):
+    args = _arguments(call)
+    with _surroundings(task, call, args):
         # What the body raises does not leave this block: contextlib sets its __traceback__, which
         # an exception that is a frozen dataclass refuses.
         try:
             function = task if call.directly else task.callable_in_child()
-            value = function(*call.args, **call.kwargs)
+            value = function(*args, **call.kwargs)
         except BaseException as exc:
             outcome = Outcome(failure=Failure.of(exc, skip=frame))
             if isinstance(exc, Retry) and exc.sig is not None:
@@ -291,6 +292,11 @@ def _outcome(task: Any, call: BodyCall) -> Outcome:
             return outcome
     stand_in = functools.partial(_stand_in, task, value, is_ignored=call.result_is_ignored)
     return Outcome(value, stand_in=stand_in)
+
+
+def _arguments(call: BodyCall) -> Sequence[Any]:
+    """What the body is called with; an errback, with the exception that it is told of."""
+    return [one.exception() if isinstance(one, Failure) else one for one in call.args]
 
 
 def _retried(exc: Retry) -> tuple[bytes | None, bool]:
@@ -307,9 +313,9 @@ def _retried(exc: Retry) -> tuple[bytes | None, bool]:
 
 
 @contextlib.contextmanager
-def _surroundings(task: Any, call: BodyCall) -> Iterator[None]:
+def _surroundings(task: Any, call: BodyCall, args: Sequence[Any]) -> Iterator[None]:
     """What code keeps around a task, here as it stands in the slot."""
-    arguments = {"task_id": call.task_id, "args": call.args, "kwargs": call.kwargs}
+    arguments = {"task_id": call.task_id, "args": args, "kwargs": call.kwargs}
     fixups = _worker_fixups(task.app)
     with context.restored(call.carried) as carried:
         for fixup in fixups:

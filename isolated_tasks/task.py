@@ -28,7 +28,7 @@ from isolated_tasks.errors import (
 )
 from isolated_tasks.process import child, pickling
 from isolated_tasks.process.options import StartMethod
-from isolated_tasks.process.outcome import Outcome
+from isolated_tasks.process.outcome import Failure, Outcome
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -195,6 +195,9 @@ def _decide(
             return in_place(*args, **kwargs)
         return _isolate(task, args, kwargs, stack=stack, directly=True)
     if requester.is_worker(task.app) and _is_errback(args):
+        # With its cause and its traceback, which a pickled exception is without.
+        request, exc, *others = args
+        args = (request, Failure.of(exc), *others)
         return _isolate(task, args, kwargs, stack=stack, directly=True)
     return in_place(*args, **kwargs)
 
@@ -214,7 +217,7 @@ def _is_errback(args: tuple[Any, ...]) -> bool:
 
     It does so in the slot; for a lost slot and a hard time limit, in the main process.
     """
-    if not args or not isinstance(args[0], Context):
+    if len(args) < 2 or not isinstance(args[0], Context):
         return False
     frame = sys._getframe(1)
     for _ in range(_ERRBACK_DEPTH):

@@ -65,8 +65,8 @@ class _Part:
     pickled: bytes | None
     #: Way 2: the class, the args and the attributes, each pickled.
     taken_apart: tuple[bytes, bytes, dict[str, bytes]] | None
-    #: Attributes that way 1 may lose in silence: those in ``__slots__``.
-    slots: dict[str, bytes]
+    #: Attributes that way 1 loses in silence, those in ``__slots__`` among them, each pickled.
+    lost: dict[str, bytes]
     frames: tuple[Frame, ...]
     suppress_context: bool
     cause: int | None = None
@@ -122,14 +122,19 @@ class Failure:
             exc = RemoteError(
                 f"{part.type_name}: {part.text}", {"type_name": part.type_name, "text": part.text}
             )
-        for name, pickled in part.slots.items():
+        for name, pickled in part.lost.items():
             with contextlib.suppress(Exception):
                 object.__setattr__(exc, name, pickling.loads(pickling.Pickled(pickled)))
-        bare[position] = exc
-        for member, loaded in zip(part.members, getattr(exc, "exceptions", ()), strict=False):
-            # A group that was pickled as a whole has brought its members along.
-            bare[member] = loaded
+        _restore_name(type(exc), part.type_name)
+        self._adopt(position, exc, bare)
         return exc
+
+    def _adopt(self, position: int, exc: BaseException, bare: dict[int, BaseException]) -> None:
+        """Take the members of a group for what it has brought along, pickled as a whole."""
+        bare[position] = exc
+        members = self.parts[position].members
+        for member, loaded in zip(members, getattr(exc, "exceptions", ()), strict=False):
+            self._adopt(member, loaded, bare)
 
 
 _set = BaseException.__setattr__
@@ -178,7 +183,7 @@ class _Describer:
         position = self._positions[id(exc)] = len(self._parts)
         self._parts.append(None)
         # A group before its members: what it brings along is what they are then.
-        pickled = _pickled(exc)
+        pickled, lost = _pickled(exc)
         members = getattr(exc, "exceptions", ()) if _is_group(exc) else ()
         positions = [self._visit(member) for member in members]
         self._parts[position] = _Part(
@@ -186,7 +191,7 @@ class _Describer:
             text=_text(exc),
             pickled=pickled,
             taken_apart=_taken_apart(exc) if pickled is None else None,
-            slots=_slots(exc),
+            lost=_lost(exc, lost),
             frames=_frames(exc.__traceback__, self._skip),
             suppress_context=exc.__suppress_context__,
             members=tuple(one for one in positions if one is not None),
@@ -209,34 +214,32 @@ def _text(exc: BaseException) -> str:
         return f"<its __str__ raised {type(error).__name__}>"
 
 
-def _pickled(exc: BaseException) -> bytes | None:
-    """The exception's own pickle if it loads again as what it was."""
+def _pickled(exc: BaseException) -> tuple[bytes | None, set[str]]:
+    """The exception's own pickle if it loads again as what it was, and what it is then without."""
     try:
         pickled = bytes(pickling.dumps(exc).body)
         loaded = pickling.loads(pickling.Pickled(pickled))
-        if type(loaded) is not type(exc):
-            return None
-        # Where the class says itself how it is rebuilt, the way may leave other args behind.
+        if type(loaded) is type(exc) and len(loaded.args) == len(exc.args):
+            return pickled, set()
+        # Where the class itself says how it is rebuilt, the way may leave other args behind.
         is_own_way = type(exc).__reduce__ is not BaseException.__reduce__
-        if len(loaded.args) == len(exc.args) or (is_own_way and str(loaded) == str(exc)):
-            return pickled
+        if type(loaded) is type(exc) and is_own_way and str(loaded) == str(exc):
+            return pickled, {"args"}
     except Exception:
         # Whatever a class's __reduce__ or __init__ raises: the other ways are for that.
-        return None
-    return None
+        return None, set()
+    return None, set()
 
 
-def _slots(exc: BaseException) -> dict[str, bytes]:
-    names = {
+def _lost(exc: BaseException, names: set[str]) -> dict[str, bytes]:
+    slots = {
         name
         for cls in type(exc).__mro__
         for name in _names(vars(cls).get("__slots__", ()))
         if not name.startswith("__")
     }
-    # What a class's own way of pickling may leave behind differently.
-    names |= {"args"} if type(exc).__reduce__ is not BaseException.__reduce__ else set()
     pickled = {}
-    for name in names:
+    for name in names | slots:
         with contextlib.suppress(Exception):
             pickled[name] = bytes(pickling.dumps(getattr(exc, name)).body)
     return pickled
@@ -268,6 +271,13 @@ def _loaded(part: _Part) -> BaseException | None:
             if isinstance(loaded, BaseException):
                 return loaded
     return None
+
+
+def _restore_name(cls: type, type_name: str) -> None:
+    """Give a class of a function its full name again, which cloudpickle shortens."""
+    name = type_name.removeprefix(f"{cls.__module__}.")
+    if "<locals>" in name and "<locals>" not in cls.__qualname__:
+        cls.__qualname__ = name
 
 
 def _put_together(
