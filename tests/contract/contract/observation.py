@@ -87,6 +87,12 @@ class _Observer:
     def __init__(self, side: Side) -> None:
         self.side = side
         self.lines = side.lines()
+        self.lines_of: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for line in self.lines:
+            self.lines_of[line["id"]].append(line)
+        self.events_of: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for event in side.events.seen:
+            self.events_of[event.get("uuid", "")].append(event)
         self.rows, self.tasks = self._find_tasks()
         self.symbols = self._find_symbols()
         self.log, self._other_log = self._find_log()
@@ -150,7 +156,7 @@ class _Observer:
     # ── one task ────────────────────────────────────────────────────────────────────────────────
 
     def _task(self, id: str) -> Seen:
-        lines = [line for line in self.lines if line["id"] == id]
+        lines = self.lines_of[id]
         runs = sum(line["name"] == "task_prerun" for line in lines)
         return {
             "meta": self._meta(id),
@@ -200,14 +206,13 @@ class _Observer:
 
     def _events(self, id: str, *, in_order: bool) -> Seen:
         found: Seen = defaultdict(list)
-        for event in self.side.events.seen:
-            if event.get("uuid") == id:
-                values = self.normal({k: v for k, v in event.items() if k not in _NOT_COMPARED})
-                # What a body sends comes from another process, and has no order among these.
-                is_own = event["type"] in _OWN_EVENTS
-                is_main = is_own and event["hostname"] == self.side.worker.name
-                group = "main" if is_main else "others"
-                found[group].append(values)
+        for event in self.events_of[id]:
+            values = self.normal({k: v for k, v in event.items() if k not in _NOT_COMPARED})
+            # What a body sends comes from another process, and has no order among these.
+            is_own = event["type"] in _OWN_EVENTS
+            is_main = is_own and event["hostname"] == self.side.worker.name
+            group = "main" if is_main else "others"
+            found[group].append(values)
         for group in found:
             if not in_order or group != "main":
                 found[group].sort(key=lambda event: json.dumps(event, sort_keys=True, default=str))

@@ -47,12 +47,13 @@ def start(path: str) -> None:
         signal.connect(_receivers[name], weak=False, dispatch_uid="contract")
 
 
-def read(path: str) -> list[dict[str, Any]]:
-    """What has been recorded so far."""
+def read(path: str, *texts: str) -> list[dict[str, Any]]:
+    """What has been recorded so far: all lines, or those that hold one of these texts."""
     with open(path) as file:
         text = file.read()
     # A line that is being written may be seen in part.
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [json.loads(line) for line in lines if not texts or any(text in line for text in texts)]
 
 
 @contextmanager
@@ -194,7 +195,8 @@ def _wait_for_last_attempt(id: str, retries: int) -> None:
     assert _path is not None
     deadline = time.monotonic() + 2.0
     while retries and time.monotonic() < deadline:
-        last = [line for line in read(_path) if line["id"] == id and line["retries"] == retries - 1]
+        last = [line for line in read(_path, id) if line["retries"] == retries - 1]
+        last = [line for line in last if line["id"] == id]
         begun = sum(line["name"] == "task_prerun" for line in last)
         if sum(line["name"] == "task_postrun" for line in last) >= begun:
             return

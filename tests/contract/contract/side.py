@@ -281,10 +281,11 @@ class Side:
     def _all_arrived(self) -> bool:
         sent: Counter[str] = Counter()
         arrived: Counter[str] = Counter()
-        for line in self.lines():
+        names = ("task_received", "task_revoked", "task_rejected", "task_unknown")
+        for line in recorder.read(str(self.record), *names, "after_task_publish"):
             if line["name"] == "after_task_publish":
                 sent[line["id"]] += 1
-            elif line["name"] in ("task_received", "task_revoked", "task_rejected", "task_unknown"):
+            elif line["name"] in names:
                 arrived[line["id"]] += 1
         return all(arrived[id] >= number for id, number in sent.items())
 
