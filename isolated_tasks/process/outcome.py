@@ -73,6 +73,8 @@ class _Part:
     context: int | None = None
     #: Of an exception group, in its order.
     members: tuple[int, ...] = ()
+    #: Exceptions that it holds: attributes by their names, arguments by their numbers.
+    held: dict[str | int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Failure:
             if part.context is not None:
                 _set(exc, "__context__", bare[part.context])
             _set(exc, "__suppress_context__", part.suppress_context)
+            if _type_name(exc) == part.type_name:
+                _hand_over(exc, {name: bare[held] for name, held in part.held.items()})
         return bare[0]
 
     def _build(self, position: int, bare: dict[int, BaseException]) -> BaseException:
@@ -125,6 +129,7 @@ class Failure:
         for name, pickled in part.lost.items():
             with contextlib.suppress(Exception):
                 object.__setattr__(exc, name, pickling.loads(pickling.Pickled(pickled)))
+        # What goes by value comes with a shorter name.
         _restore_name(type(exc), part.type_name)
         self._adopt(position, exc, bare)
         return exc
@@ -187,7 +192,7 @@ class _Describer:
         members = getattr(exc, "exceptions", ()) if _is_group(exc) else ()
         positions = [self._visit(member) for member in members]
         self._parts[position] = _Part(
-            type_name=f"{type(exc).__module__}.{type(exc).__qualname__}",
+            type_name=_type_name(exc),
             text=_text(exc),
             pickled=pickled,
             taken_apart=_taken_apart(exc) if pickled is None else None,
@@ -195,16 +200,31 @@ class _Describer:
             frames=_frames(exc.__traceback__, self._skip),
             suppress_context=exc.__suppress_context__,
             members=tuple(one for one in positions if one is not None),
+            held=self._visit_held(exc),
             cause=self._visit(exc.__cause__),
             context=self._visit(exc.__context__),
         )
         return position
+
+    def _visit_held(self, exc: BaseException) -> dict[str | int, int]:
+        held: dict[str | int, int] = {}
+        values: dict[str | int, object] = {**vars(exc), **dict(enumerate(exc.args))}
+        for name, value in values.items():
+            if isinstance(value, BaseException):
+                position = self._visit(value)
+                if position is not None:
+                    held[name] = position
+        return held
 
 
 def _is_group(exc: BaseException) -> bool:
     # Python 3.10 has none.
     group: type | None = getattr(builtins, "BaseExceptionGroup", None)
     return group is not None and isinstance(exc, group)
+
+
+def _type_name(exc: BaseException) -> str:
+    return f"{type(exc).__module__}.{type(exc).__qualname__}"
 
 
 def _text(exc: BaseException) -> str:
@@ -219,16 +239,26 @@ def _pickled(exc: BaseException) -> tuple[bytes | None, set[str]]:
     try:
         pickled = bytes(pickling.dumps(exc).body)
         loaded = pickling.loads(pickling.Pickled(pickled))
-        if type(loaded) is type(exc) and len(loaded.args) == len(exc.args):
-            return pickled, set()
-        # Where the class itself says how it is rebuilt, the way may leave other args behind.
+        if type(loaded) is not type(exc):
+            return None, set()
+        # Where the class itself says how it is rebuilt, it may leave something else behind.
         is_own_way = type(exc).__reduce__ is not BaseException.__reduce__
-        if type(loaded) is type(exc) and is_own_way and str(loaded) == str(exc):
+        if len(loaded.args) == len(exc.args):
+            return pickled, _changed_texts(exc, loaded) if is_own_way else set()
+        if is_own_way and str(loaded) == str(exc):
             return pickled, {"args"}
     except Exception:
         # Whatever a class's __reduce__ or __init__ raises: the other ways are for that.
         return None, set()
     return None, set()
+
+
+def _changed_texts(exc: BaseException, loaded: BaseException) -> set[str]:
+    return {
+        name
+        for name, value in vars(exc).items()
+        if isinstance(value, str) and vars(loaded).get(name) != value
+    }
 
 
 def _lost(exc: BaseException, names: set[str]) -> dict[str, bytes]:
@@ -271,6 +301,15 @@ def _loaded(part: _Part) -> BaseException | None:
             if isinstance(loaded, BaseException):
                 return loaded
     return None
+
+
+def _hand_over(exc: BaseException, held: dict[str | int, BaseException]) -> None:
+    if not held:
+        return
+    _set(exc, "args", tuple(held.get(number, value) for number, value in enumerate(exc.args)))
+    for name, value in held.items():
+        if isinstance(name, str):
+            exc.__dict__[name] = value
 
 
 def _restore_name(cls: type, type_name: str) -> None:
