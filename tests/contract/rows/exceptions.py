@@ -1345,7 +1345,9 @@ PLACES = [
         of=fail_as_expected,
         log=r"ERROR/\w+: Task .* raised unexpected",
     ),
-    _failing("an error is stored where results are ignored", attributes, "ValueError"),
+    _failing(
+        "an error is stored where results are ignored", attributes, "ValueError", of=fail_and_store
+    ),
 ]
 
 #: In prefork such a Reject or Ignore does not reach the main process, and the call has failed.
