@@ -6,6 +6,7 @@ unpickle; one that holds a lock does not even pickle. So a `Failure` carries wha
 
 1. the exception's own pickle, where that was seen to load again, here in the child;
 2. else its class, ``args`` and those attributes that pickle, put together without ``__init__``;
+   an argument that does not pickle becomes its repr;
 3. else a `RemoteError` with the name and the text.
 
 The frames come back as a real traceback: for each, a one-statement code object with the name, the
@@ -98,10 +99,11 @@ class Failure:
     def exception(self) -> BaseException:
         """The exception again, with its traceback and its chain."""
         bare: dict[int, BaseException] = {}
+        copies: list[tuple[int, BaseException]] = []
         for position in range(len(self.parts)):
-            self._build(position, bare)
-        for position, part in enumerate(self.parts):
-            exc = bare[position]
+            self._build(position, bare, copies)
+        for position, exc in [*bare.items(), *copies]:
+            part = self.parts[position]
             # Not exc.__cause__ = …: a frozen dataclass refuses that.
             _set(exc, "__traceback__", _traceback(part.frames))
             if part.cause is not None:
@@ -113,13 +115,18 @@ class Failure:
                 _hand_over(exc, {name: bare[held] for name, held in part.held.items()})
         return bare[0]
 
-    def _build(self, position: int, bare: dict[int, BaseException]) -> BaseException:
+    def _build(
+        self,
+        position: int,
+        bare: dict[int, BaseException],
+        copies: list[tuple[int, BaseException]],
+    ) -> BaseException:
         if position in bare:
             return bare[position]
         part = self.parts[position]
         exc = _loaded(part)
         if exc is None and part.taken_apart is not None:
-            members = [self._build(member, bare) for member in part.members]
+            members = [self._build(member, bare, copies) for member in part.members]
             with contextlib.suppress(Exception):
                 exc = _put_together(*part.taken_apart, members)
         if exc is None:
@@ -131,15 +138,25 @@ class Failure:
                 object.__setattr__(exc, name, pickling.loads(pickling.Pickled(pickled)))
         # What goes by value comes with a shorter name.
         _restore_name(type(exc), part.type_name)
-        self._adopt(position, exc, bare)
+        self._adopt(position, exc, bare, copies)
         return exc
 
-    def _adopt(self, position: int, exc: BaseException, bare: dict[int, BaseException]) -> None:
-        """Take the members of a group for what it has brought along, pickled as a whole."""
-        bare[position] = exc
+    def _adopt(
+        self,
+        position: int,
+        exc: BaseException,
+        bare: dict[int, BaseException],
+        copies: list[tuple[int, BaseException]],
+    ) -> None:
+        """Take the members of a group for what it has brought along, pickled as a whole.
+
+        A member of two groups comes twice.
+        """
+        if bare.setdefault(position, exc) is not exc:
+            copies.append((position, exc))
         members = self.parts[position].members
         for member, loaded in zip(members, getattr(exc, "exceptions", ()), strict=False):
-            self._adopt(member, loaded, bare)
+            self._adopt(member, loaded, bare, copies)
 
 
 _set = BaseException.__setattr__
@@ -208,7 +225,8 @@ class _Describer:
 
     def _visit_held(self, exc: BaseException) -> dict[str | int, int]:
         held: dict[str | int, int] = {}
-        values: dict[str | int, object] = {**vars(exc), **dict(enumerate(exc.args))}
+        values: dict[str | int, object] = dict(enumerate(exc.args))
+        values.update(vars(exc))
         for name, value in values.items():
             if isinstance(value, BaseException):
                 position = self._visit(value)
@@ -284,7 +302,7 @@ def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | 
     values = exc.args[:1] if _is_group(exc) else exc.args
     try:
         cls = bytes(pickling.dumps(type(exc)).body)
-        args = bytes(pickling.dumps(values).body)
+        args = bytes(pickling.dumps(tuple(map(_or_its_text, values))).body)
     except Exception:
         return None
     attributes = {}
@@ -292,6 +310,15 @@ def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | 
         with contextlib.suppress(Exception):
             attributes[name] = bytes(pickling.dumps(value).body)
     return cls, args, attributes
+
+
+def _or_its_text(value: object) -> object:
+    """A value, or its repr where it cannot change process: better than to lose the class."""
+    try:
+        pickling.dumps(value)
+    except Exception:
+        return repr(value)
+    return value
 
 
 def _loaded(part: _Part) -> BaseException | None:
