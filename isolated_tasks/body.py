@@ -358,16 +358,6 @@ def _changes(
     return changes
 
 
-@dataclass(frozen=True)
-class Unpicklable:
-    """Stands in the slot for a result that nobody stores and that cannot be pickled."""
-
-    text: str
-
-    def __repr__(self) -> str:
-        return self.text
-
-
 def _stand_in(task: Any, value: object, *, is_ignored: bool) -> Any:
     """What the slot can get where the result cannot be pickled.
 
@@ -383,7 +373,7 @@ def _stand_in(task: Any, value: object, *, is_ignored: bool) -> Any:
         return kombu.serialization.loads(data, content_type, encoding, accept=[content_type])
     except Exception:
         if is_ignored:
-            return Unpicklable(saferepr(value, task.resultrepr_maxsize))
+            return pickling.StandIn(saferepr(value, task.resultrepr_maxsize))
         raise
 
 

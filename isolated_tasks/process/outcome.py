@@ -5,8 +5,8 @@ context; a class whose ``__init__`` takes other arguments than ``args`` pickles 
 unpickle; one that holds a lock does not even pickle. So a `Failure` carries what can be carried:
 
 1. the exception's own pickle, where that was seen to load again, here in the child;
-2. else its class, ``args`` and those attributes that pickle, put together without ``__init__``;
-   an argument that does not pickle becomes its repr;
+2. else its class, ``args`` and attributes, put together without ``__init__``; what does not pickle
+   among them becomes a stand-in that shows its repr;
 3. else a `RemoteError` with the name and the text.
 
 The frames come back as a real traceback: for each, a one-statement code object with the name, the
@@ -302,22 +302,22 @@ def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | 
     values = exc.args[:1] if _is_group(exc) else exc.args
     try:
         cls = bytes(pickling.dumps(type(exc)).body)
-        args = bytes(pickling.dumps(tuple(map(_or_its_text, values))).body)
+        args = bytes(pickling.dumps(tuple(map(_or_a_stand_in, values))).body)
     except Exception:
         return None
-    attributes = {}
-    for name, value in exc.__dict__.items():
-        with contextlib.suppress(Exception):
-            attributes[name] = bytes(pickling.dumps(value).body)
+    attributes = {
+        name: bytes(pickling.dumps(_or_a_stand_in(value)).body)
+        for name, value in exc.__dict__.items()
+    }
     return cls, args, attributes
 
 
-def _or_its_text(value: object) -> object:
-    """A value, or its repr where it cannot change process: better than to lose the class."""
+def _or_a_stand_in(value: object) -> object:
+    """A value, or what shows its repr where it cannot change process: the class is kept."""
     try:
         pickling.dumps(value)
     except Exception:
-        return repr(value)
+        return pickling.StandIn(repr(value))
     return value
 
 

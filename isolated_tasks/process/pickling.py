@@ -13,7 +13,7 @@ import cloudpickle
 from isolated_tasks.errors import UnpicklableError
 from isolated_tasks.process.protocol import CALL_LIMITS, Bytes
 
-__all__ = ["Pickled", "dumps", "loads", "refusal"]
+__all__ = ["Pickled", "StandIn", "dumps", "loads", "refusal"]
 
 #: A smaller buffer is copied into the pickle: one more piece to send costs more.
 OUT_OF_BAND_FROM = 64 * 1024
@@ -35,6 +35,16 @@ class Pickled:
     def size(self) -> int:
         """All bytes together."""
         return sum(memoryview(part).nbytes for part in (self.body, *self.buffers))
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Shows what something would show that cannot change process, and is nothing more."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def dumps(value: object, *, pickler: PicklerFactory = cloudpickle.Pickler) -> Pickled:

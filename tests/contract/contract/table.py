@@ -94,6 +94,11 @@ class Differs:
     only: tuple[str, ...] = ()
 
 
+#: All pools but the spawned one, whose processes know less of their worker than a child does: which
+#: queues it consumes from, and which app is the current one.
+BUT_SPAWNED = ("prefork", "threads", "gevent", "eventlet", "solo")
+
+
 @dataclass(frozen=True)
 class Row:
     """Something that a task may do, or a caller may see.

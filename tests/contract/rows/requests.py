@@ -18,7 +18,7 @@ from kombu.utils.imports import symbol_by_name
 
 from contract import observation, table
 from contract.recorder import Hooks, note
-from contract.table import Definition, Differs, Row, Seen, task
+from contract.table import BUT_SPAWNED, Definition, Differs, Row, Seen, task
 
 PAST = timedelta(hours=-1)
 
@@ -879,6 +879,7 @@ ROWS = [
         "the current app",
         lambda app: current_app_of.on(app).delay(),
         expects={"state": "SUCCESS", "runs": 1},
+        pools=BUT_SPAWNED,
     ),
     Row(
         "tasks that a body launches, in every way",
@@ -1155,6 +1156,8 @@ ROWS = [
             "result": "by task_prerun",
             "check": noted("task_postrun: by the body", "task_success: by the body"),
         },
+        # In a spawned process these receivers are connected before the recorder's.
+        pools=BUT_SPAWNED,
     ),
     Row(
         "a base with attributes and properties",

@@ -28,7 +28,7 @@ from celery.utils.log import get_task_logger
 
 from contract.observation import all_notes, first_task
 from contract.recorder import note
-from contract.table import Differs, Row, Seen, task
+from contract.table import BUT_SPAWNED, Differs, Row, Seen, task
 
 task_logger = get_task_logger(__name__)
 child_logger = task_logger.getChild("child")
@@ -710,7 +710,7 @@ ROWS = [
     ),
     _finding("settings", settings, "('result_extended', True)"),
     _finding("the app", the_app, "'contract.app'", "True"),
-    _finding("queues and routes", queues, "'Router'"),
+    _finding("queues and routes", queues, "'Router'", pools=BUT_SPAWNED),
     _finding("control", control, "'Inspect'", "['nobody@nowhere']"),
     _finding("a connection of a body's own", the_broker, "{'number': 1}", "'header'", "True"),
     _finding("the backend", the_backend, "b'value'", "'STARTED'", "'PENDING'"),
