@@ -43,6 +43,14 @@ _SCRUBBED = (
     (re.compile(r"gen\d+@[\w.-]+"), "<client>"),
 )
 
+#: A chord that fails: what the slot of the member that ended last was handling meanwhile, which is
+#: the failure of another one or nothing, as it happens.
+_BEFORE_CHORD_ERROR = re.compile(
+    r"Traceback \(most recent call last\):\n(?:(?!Traceback).*\n)+?\n"
+    r"During handling of the above exception, another exception occurred:\n\n"
+    r"(?=Traceback \(most recent call last\):\n(?:  .*\n)*celery\.exceptions\.ChordError)"
+)
+
 #: Of an event; what differs from run to run.
 _NOT_COMPARED = {
     "timestamp",
@@ -290,7 +298,8 @@ class _Observer:
         text = text.replace(self.side.queue, "<queue>")
         for pattern, replacement in _SCRUBBED:
             text = pattern.sub(replacement, text)
-        return own_frames(text) if 'File "' in text else text
+        text = own_frames(text) if 'File "' in text else text
+        return _BEFORE_CHORD_ERROR.sub("", text)
 
 
 def _unquoted(text: str) -> str:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -158,10 +159,7 @@ class Side:
     def _make_client(self) -> Celery:
         task_cls = TASK_CLASSES[self.name]
         app = table.make_contract_app("client", self.settings, task_cls=task_cls, current=False)
-        # Celery's own unsubscribes from Redis. Where the garbage collector calls it in the middle
-        # of another command, that waits for ever for the lock of redis-py 5.
         app.conf.include = []
-        app.AsyncResult.__del__ = lambda result: None
         self._cleanup.callback(delete_redis_keys, self.settings.result_backend, self.queue)
         if self._broker == "amqp":
             self._cleanup.callback(self._clear_amqp)
@@ -237,7 +235,9 @@ class Side:
         previous = _state._tls.current_app
         _state._set_current_app(self.app)
         try:
-            with recorder.recording(str(self.record), row.name):
+            with recorder.recording(str(self.record), row.name), warnings.catch_warnings():
+                # Of Celery's own calls of its client of Redis; a worker takes no notice either.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 yield
         finally:
             _state._set_current_app(previous)

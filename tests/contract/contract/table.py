@@ -71,6 +71,9 @@ def make_contract_app(main: str, settings: Settings, *, task_cls: str, current: 
     modules()
     app = Celery(main, task_cls=task_cls, set_as_current=current)
     app.conf.update(settings.celery_conf())
+    # Celery's own unsubscribes from Redis. Where the garbage collector calls it in the middle of
+    # another command, that waits for ever for the lock of redis-py 5, in a worker too.
+    app.AsyncResult.__del__ = lambda result: None
     for definition in _definitions.values():
         # Shared tasks belong to every app of the process: a spawned pool process has another app
         # than the one that its import of this module makes, and pytest must not have them in all.
