@@ -16,6 +16,7 @@ from celery import Celery, _state
 from kombu import Queue
 
 from contract import recorder, table
+from contract.features import reports_all
 from contract.table import Row
 from harness.app import Settings, close_app
 from harness.services import delete_amqp_entities, delete_redis_keys
@@ -290,7 +291,8 @@ class Side:
         return all(arrived[id] >= number for id, number in sent.items())
 
     def _is_idle(self) -> bool:
-        for command in ("active", "reserved", "scheduled"):
+        commands = ("active", "reserved", "scheduled")
+        for command in commands if reports_all(self.pool) else commands[1:]:
             replies = self.app.control.broadcast(
                 command, reply=True, destination=[self.worker.name], limit=1, timeout=5.0
             )
