@@ -29,6 +29,8 @@ TASK_CLASSES = {"plain": "celery:Task", "isolated": "isolated_tasks:IsolatedTask
 
 #: After this long without anything new, tasks that have not ended will not.
 SETTLE_TIMEOUT = 12.0
+#: And after this long one of them goes on for ever. All rows take half a minute.
+SETTLE_LIMIT = 150.0
 
 #: How many tasks run at a time, where the pool can.
 CONCURRENCY = 3
@@ -248,9 +250,10 @@ class Side:
     def settle(self) -> None:
         """Wait until there is nothing left to do, and say what there is if that takes too long."""
         progress = -1
+        limit = time.monotonic() + SETTLE_LIMIT
         while not self._is_settled():
             if progress != (progress := self._progress()):
-                deadline = time.monotonic() + SETTLE_TIMEOUT
+                deadline = min(limit, time.monotonic() + SETTLE_TIMEOUT)
             if time.monotonic() > deadline or self.worker.process.poll() is not None:
                 self.unsettled = self._unsettled()
                 return
