@@ -19,7 +19,7 @@ def test_a_task_of_both_is_refused_where_it_is_made() -> None:
 
     with Celery("test", broker="memory://", set_as_current=False) as app:
 
-        @app.task(base=IsolatedBatches, name="count")
+        @app.task(base=IsolatedBatches, name="count", shared=False)
         def count(requests: list[Any]) -> int:
             return len(requests)
 
