@@ -6,7 +6,9 @@ feature. Features are looked for, not versions. `features` lists what is in forc
 
 from __future__ import annotations
 
+import _socket
 import contextlib
+import ctypes
 import errno
 import fcntl
 import importlib.util
@@ -14,11 +16,12 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psutil
@@ -26,25 +29,32 @@ import psutil
 __all__ = [
     "MAXRSS_UNIT_BYTES",
     "arm_lifeline",
+    "become_subreaper",
     "child_exit",
     "close_descriptors_except",
     "crash_file",
     "describe_exit",
     "disarm_lifeline",
+    "exact_rss_bytes",
     "features",
+    "has_children",
     "interpreter",
     "is_closed_by_peer",
+    "lacking",
     "open_pidfd",
     "peer_uid",
     "pidfd_exit_code",
     "poll",
     "prefer_for_oom_kill",
     "read_crash_file",
+    "read_file",
     "reset_peak_rss",
     "rss_bytes",
+    "signal_child",
     "signal_group",
     "signal_name",
-    "signal_pidfd_group",
+    "signal_pidfd",
+    "sockets",
     "thread_count",
     "uses_cuda",
     "wait_for",
@@ -58,6 +68,7 @@ fork = os.fork
 posix_spawn = os.posix_spawn
 read = os.read
 waitpid = os.waitpid
+waitid = os.waitid
 getsignal = signal.getsignal
 set_signal = signal.signal
 
@@ -72,6 +83,10 @@ _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _F_SETSIG: int | None = getattr(fcntl, "F_SETSIG", 10 if IS_LINUX else None)
 _F_SETOWN: int | None = getattr(fcntl, "F_SETOWN", 8 if IS_LINUX else None)
 _O_ASYNC: int | None = getattr(os, "O_ASYNC", 0o20000 if IS_LINUX else None)
+
+# prctl(2), linux/prctl.h.
+_PR_SET_CHILD_SUBREAPER = 36
+_prctl = getattr(ctypes.CDLL(None), "prctl", None) if IS_LINUX else None
 
 # linux/pidfd.h: _IOWR(0xFF, 11, struct pidfd_info) with the 64 bytes of its first version.
 _PIDFD_GET_INFO = 0xC040FF0B
@@ -216,18 +231,48 @@ def _reaped_exit_code(pidfd: int) -> int | None:
     return os.waitstatus_to_exitcode(values[-1])
 
 
-def signal_pidfd_group(pidfd: int, number: int) -> bool:
-    """Send a signal to the group that a process leads; False where that cannot be done.
+def signal_pidfd(pidfd: int, number: int, *, to_group: bool) -> bool:
+    """Send a signal to a process, or to the group that it leads; False where that cannot be done.
 
-    Linux 6.9 (pidfd_send_signal(2), ``PIDFD_SIGNAL_PROCESS_GROUP``). For a process whose parent,
-    the forkserver, is dead: its number alone might by now be a stranger's.
+    Linux 5.1, for a group 6.9 (pidfd_send_signal(2), ``PIDFD_SIGNAL_PROCESS_GROUP``). For a process
+    that is not our child: its number alone might by now be a stranger's.
     """
     sender = getattr(signal, "pidfd_send_signal", None)
     if sender is None:
         return False
     try:
-        sender(pidfd, number, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+        sender(pidfd, number, None, _PIDFD_SIGNAL_PROCESS_GROUP if to_group else 0)
     except OSError:
+        return False
+    return True
+
+
+def signal_child(pid: int, number: int, *, to_group: bool) -> None:
+    """Send a signal to a child of ours, or to the group that it leads, if it is still there."""
+    if to_group:
+        signal_group(pid, number)
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def become_subreaper() -> bool:
+    """Be the new parent of every descendant that loses its own.
+
+    prctl(2), ``PR_SET_CHILD_SUBREAPER``; Linux 3.4. Not inherited by children.
+
+    Returns:
+        Whether the kernel does this; where not, a process that a body has put into a session of
+        its own outlives the child.
+    """
+    return _prctl is not None and _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def has_children() -> bool:
+    """Whether this process has any child, one that has exited and was not reaped included."""
+    try:
+        waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
         return False
     return True
 
@@ -266,7 +311,7 @@ def child_exit() -> int | None:
     Raises:
         ChildProcessError: There are no children at all.
     """
-    result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    result = waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return result.si_pid if result is not None and result.si_pid else None
 
 
@@ -367,6 +412,14 @@ def peer_uid(connection: socket.socket) -> int | None:
     return uid
 
 
+def exact_rss_bytes() -> int:
+    """The resident memory of this process, counted page by page, which takes a while."""
+    for line in read_file("/proc/self/smaps_rollup").splitlines():
+        if line.startswith(b"Rss:"):
+            return int(line.split()[1]) * 1024
+    return rss_bytes()
+
+
 def uses_cuda() -> bool:
     """Whether this process has initialised CUDA.
 
@@ -383,6 +436,61 @@ def uses_cuda() -> bool:
     return bool(is_initialized and is_initialized())
 
 
+def sockets() -> dict[int, str]:
+    """The connections that this process has open, and what it listens on: inode and addresses.
+
+    Not pairs without a name, as event loops have them to wake themselves.
+    """
+    found = {}
+    for descriptor in _listdir("/proc/self/fd"):
+        # It may be the listing's own, closed by now. Not socket.socket, which gevent replaces.
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(descriptor))
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
+            one = _socket.socket(fileno=os.dup(int(descriptor)))
+            try:
+                ends = [_address(one.getsockname), _address(one.getpeername)]
+            finally:
+                one.close()
+            named = [end for end in ends if end]
+            if named:
+                found[status.st_ino] = " to ".join(named)
+    return found
+
+
+def _address(ask: Callable[[], object]) -> str:
+    try:
+        address = ask()
+    except OSError:
+        # It listens.
+        return ""
+    if isinstance(address, tuple):
+        return ":".join(map(str, address[:2]))
+    return os.fsdecode(address) if isinstance(address, str | bytes) else ""
+
+
+def read_file(path: str, size: int | None = None) -> bytes:
+    """What a file of the kernel's says, up to a size; nothing if it is not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        if size is not None:
+            return os.read(descriptor, size)
+        # One read gives no more than a page.
+        pieces = []
+        while piece := os.read(descriptor, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+    except OSError:
+        # The process has ended in between (ESRCH).
+        return b""
+    finally:
+        os.close(descriptor)
+
+
 def _listdir(path: str) -> list[str]:
     try:
         return os.listdir(path)
@@ -394,7 +502,7 @@ def _listdir(path: str) -> list[str]:
 
 
 def features() -> dict[str, bool]:
-    """Which of the kernel's features were found, by name; for one log line at start."""
+    """Which of the kernel's features were found, by name."""
     pidfd = open_pidfd(os.getpid())
     try:
         return {
@@ -409,8 +517,23 @@ def features() -> dict[str, bool]:
             os.close(pidfd)
 
 
+#: What is done without each, for the log.
+FALLBACKS = {
+    "lifeline": "what its requester leaves is ended by the forkserver, some moments later",
+    "pidfd": "how a child ends whose forkserver has died is not known",
+    "pidfd_group_signal": "groups are signalled by the forkserver",
+    "peer_credentials": "the forkserver's private directory is its only guard",
+    "peak_reset": "peaks of memory include what the forkserver has loaded",
+}
+
+
+def lacking() -> list[str]:
+    """What this kernel does not have, and what is done without it; a line for each."""
+    return [f"no {name}: {FALLBACKS[name]}" for name, found in features().items() if not found]
+
+
 def signal_pidfd_probe(pidfd: int) -> bool:
-    """Whether the kernel knows the flag that `signal_pidfd_group` needs; signal 0 harms nobody."""
+    """Whether the kernel knows the flag that `signal_pidfd` needs for a group; 0 harms nobody."""
     try:
         signal.pidfd_send_signal(pidfd, 0, None, _PIDFD_SIGNAL_PROCESS_GROUP)
     except OSError as exc:

@@ -72,6 +72,7 @@ def test_a_kernel_without_a_lifeline_says_so(
 
     assert not system.arm_lifeline(pipe[0], group=os.getpgrp())
     assert system.features()["lifeline"] is False
+    assert any(line.startswith("no lifeline: ") for line in system.lacking())
 
 
 # ── processes ───────────────────────────────────────────────────────────────────────────────────
@@ -98,7 +99,7 @@ def test_there_is_no_pidfd_where_the_system_has_none(monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(signal, "pidfd_send_signal", raising=False)
 
     assert system.open_pidfd(os.getpid()) is None
-    assert not system.signal_pidfd_group(0, signal.SIGKILL)
+    assert not system.signal_pidfd(0, signal.SIGKILL, to_group=True)
     assert system.features()["pidfd"] is False
     assert system.features()["pidfd_group_signal"] is False
 
@@ -106,7 +107,7 @@ def test_there_is_no_pidfd_where_the_system_has_none(monkeypatch: pytest.MonkeyP
 def test_the_exit_code_is_unknown_where_the_kernel_does_not_tell(pipe: tuple[int, int]) -> None:
     # A pipe is no pidfd: the request fails, as it does on an older kernel.
     assert system.pidfd_exit_code(pipe[0]) is None
-    assert not system.signal_pidfd_group(pipe[0], signal.SIGKILL)
+    assert not system.signal_pidfd(pipe[0], signal.SIGKILL, to_group=True)
 
 
 def test_signals_to_a_group_that_is_gone_are_dropped() -> None:
@@ -127,6 +128,7 @@ def test_the_features_are_those_of_a_current_kernel() -> None:
     }
     assert features["lifeline"]
     assert features["peer_credentials"]
+    assert len(system.lacking()) == list(features.values()).count(False)
 
 
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────
