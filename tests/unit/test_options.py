@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from isolated_tasks.errors import OptionError
-from isolated_tasks.process.options import ProcessOptions
+from isolated_tasks.process.options import CallOptions, ProcessOptions
 
 NEVER_A_DURATION: list[Any] = [
     0,
@@ -44,8 +44,14 @@ NEVER_AN_ENVIRONMENT: list[Any] = [
 
 BAD_VALUES: dict[str, list[Any]] = {
     "start_method": ["fork", "", None, 1, "Spawn", [], b"spawn"],
-    "batch_size": [0, -1, 1.5, 2.0, "2", None, True, math.inf],
-    "batch_memory_limit_bytes": [0, -1, 1.5, "1GiB", True],
+    "batch_size": [0, -1, 1.5, 2.0, "2", None, True, math.inf, 2**63],
+    "batch_memory_limit_bytes": [0, -1, 1.5, "1GiB", True, 2**63],
+    "memory_limit_bytes": [0, -1, 1.5, "1GiB", True, 2**63],
+    "soft_memory_limit_bytes": [0, -1, 1.5, "1GiB", True, 2**63],
+    "cpu_time_limit": [0, -1, 1.5, "1", True, 2**63],
+    "nice": [-1, 20, 1.5, "1", True],
+    "max_open_files": [0, 15, -1, 1.5, "64", True, 2**63],
+    "term_grace": NEVER_A_DURATION,
     "batch_idle_timeout": NEVER_A_DURATION,
     "start_timeout": NEVER_A_DURATION,
     "exit_timeout": NEVER_A_DURATION,
@@ -55,7 +61,13 @@ BAD_VALUES: dict[str, list[Any]] = {
 GOOD_VALUES: dict[str, list[Any]] = {
     "start_method": ["forkserver", "spawn"],
     "batch_size": [1, 20, 10**6],
-    "batch_memory_limit_bytes": [None, 1, 2**40],
+    "batch_memory_limit_bytes": [None, 1, 2**63 - 1],
+    "memory_limit_bytes": [None, 1, 2**63 - 1],
+    "soft_memory_limit_bytes": [None, 1, 2**63 - 1],
+    "cpu_time_limit": [None, 1, 10**6],
+    "nice": [None, 0, 19],
+    "max_open_files": [None, 16, 10**6],
+    "term_grace": [0.001, 1, 5.0, 7 * 24 * 3600],
     "batch_idle_timeout": [0.001, 1, 5.0, 7 * 24 * 3600],
     "start_timeout": [0.001, 1, 5.0, 7 * 24 * 3600],
     "exit_timeout": [0.001, 1, 5.0, 7 * 24 * 3600],
@@ -106,3 +118,31 @@ def test_the_defaults_are_those_of_the_docs() -> None:
 def test_options_that_differ_in_anything_are_not_equal(option: str, value: Any) -> None:
     # Equal options are what allows two calls to share a batch process.
     assert ProcessOptions("x") != ProcessOptions(**{"name": "x", option: value})
+
+
+# ── a call ──────────────────────────────────────────────────────────────────────────────────────
+
+NEVER_A_LIMIT = [value for value in NEVER_A_DURATION if value is not None]
+
+
+@pytest.mark.parametrize("option", ["soft_time_limit", "time_limit"])
+@pytest.mark.parametrize("value", NEVER_A_LIMIT, ids=repr)
+def test_a_bad_limit_of_a_call_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        CallOptions("tasks.render", **{option: value})
+
+    error = caught.value
+    assert (error.task, error.option, error.value) == ("tasks.render", option, repr(value))
+
+
+def test_the_soft_limit_is_not_above_the_hard_one() -> None:
+    with pytest.raises(OptionError, match=r"soft_time_limit=3: is above time_limit=2"):
+        CallOptions("tasks.render", soft_time_limit=3, time_limit=2)
+    with pytest.raises(OptionError, match=r"soft_memory_limit_bytes=3: .*memory_limit_bytes=2"):
+        ProcessOptions("tasks.render", soft_memory_limit_bytes=3, memory_limit_bytes=2)
+
+
+def test_a_clock_runs_for_a_call_that_has_a_time_limit() -> None:
+    assert not CallOptions("tasks.render").is_timed
+    assert CallOptions("tasks.render", soft_time_limit=1).is_timed
+    assert CallOptions("tasks.render", time_limit=1).is_timed
