@@ -44,6 +44,8 @@ class Event(enum.Enum):
     CALL = "call"
     #: The child has read the whole call and is about to begin the body.
     ACCEPTED = "accepted"
+    #: The child has begun the body.
+    BEGUN = "begun"
     #: An outcome, whole; the child waits for another call.
     OUTCOME = "outcome"
     #: An outcome, whole, and the child's last: it exits now.
@@ -70,6 +72,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     },
     State.RUNNING: {
         Event.STARTED: State.RUNNING,
+        Event.BEGUN: State.RUNNING,
         Event.OUTCOME: State.READY,
         Event.LAST_OUTCOME: State.EXITING,
         Event.DISMISS: State.EXITING,
@@ -79,6 +82,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.STARTED: State.EXITING,
         # The call socket may hold these when the requester dismisses the child.
         Event.ACCEPTED: State.EXITING,
+        Event.BEGUN: State.EXITING,
         Event.OUTCOME: State.EXITING,
         Event.LAST_OUTCOME: State.EXITING,
         Event.DISMISS: State.EXITING,

@@ -20,6 +20,7 @@ import ast
 import builtins
 import collections
 import contextlib
+import json
 import linecache
 import types
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ from typing import Any
 from isolated_tasks.errors import RemoteError
 from isolated_tasks.process import pickling
 
-__all__ = ["Failure", "Frame", "Outcome"]
+__all__ = ["MAX_CHAIN", "MAX_FRAMES", "Failure", "Frame", "Outcome", "Part"]
 
 #: Exceptions in one chain of causes and contexts that are carried over.
 MAX_CHAIN = 50
@@ -37,6 +38,9 @@ MAX_CHAIN = 50
 #: name in each call.
 MAX_REMEMBERED = 100
 _remembered: collections.deque[str] = collections.deque()
+
+#: The arguments of an exception are carried as plain data up to so many characters of JSON.
+MAX_PLAIN_ARGS = 64 * 1024
 
 #: Frames of one traceback that are carried over; of a deep recursion, the two ends.
 MAX_FRAMES = 200
@@ -57,7 +61,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One exception of a chain; the others by their position in `Failure.parts`."""
 
     type_name: str
@@ -76,6 +80,9 @@ class _Part:
     members: tuple[int, ...] = ()
     #: Exceptions that it holds: attributes by their names, arguments by their numbers.
     held: dict[str | int, int] = field(default_factory=dict)
+    #: Its arguments, where they are plain data, and the exception that was made of them: `plain`.
+    plain_args: list[Any] | None = None
+    made: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Failure:
 
     #: The exception itself is the first. One may be the cause of several, and a chain may be a
     #: circle.
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
 
     @classmethod
     def of(cls, exc: BaseException, *, skip: types.FrameType | None = None) -> Failure:
@@ -124,7 +131,7 @@ class Failure:
         if position in bare:
             return bare[position]
         part = self.parts[position]
-        exc = _loaded(part)
+        exc = part.made or _loaded(part)
         if exc is None and part.taken_apart is not None:
             members = [self._build(member, bare, copies) for member in part.members]
             with contextlib.suppress(Exception):
@@ -133,11 +140,12 @@ class Failure:
             exc = RemoteError(
                 f"{part.type_name}: {part.text}", {"type_name": part.type_name, "text": part.text}
             )
+        else:
+            # What goes by value comes with a shorter name.
+            _restore_name(type(exc), part.type_name)
         for name, pickled in part.lost.items():
             with contextlib.suppress(Exception):
-                object.__setattr__(exc, name, pickling.loads(pickling.Pickled(pickled)))
-        # What goes by value comes with a shorter name.
-        _restore_name(type(exc), part.type_name)
+                object.__setattr__(exc, name, pickling.from_bytes(pickled))
         self._adopt(position, exc, bare, copies)
         return exc
 
@@ -188,10 +196,10 @@ class _Describer:
 
     def __init__(self, skip: types.FrameType | None) -> None:
         self._skip = skip
-        self._parts: list[_Part | None] = []
+        self._parts: list[Part | None] = []
         self._positions: dict[int, int] = {}
 
-    def describe(self, exc: BaseException) -> list[_Part]:
+    def describe(self, exc: BaseException) -> list[Part]:
         self._visit(exc)
         return [part for part in self._parts if part is not None]
 
@@ -208,7 +216,7 @@ class _Describer:
         pickled, lost = _pickled(exc)
         members = getattr(exc, "exceptions", ()) if _is_group(exc) else ()
         positions = [self._visit(member) for member in members]
-        self._parts[position] = _Part(
+        self._parts[position] = Part(
             type_name=_type_name(exc),
             text=_text(exc),
             pickled=pickled,
@@ -220,6 +228,7 @@ class _Describer:
             held=self._visit_held(exc),
             cause=self._visit(exc.__cause__),
             context=self._visit(exc.__context__),
+            plain_args=_plain_args(exc),
         )
         return position
 
@@ -233,6 +242,15 @@ class _Describer:
                 if position is not None:
                     held[name] = position
         return held
+
+
+def _plain_args(exc: BaseException) -> list[Any] | None:
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        text = json.dumps(exc.args)
+        if len(text) <= MAX_PLAIN_ARGS:
+            args: list[Any] = json.loads(text)
+            return args
+    return None
 
 
 def _is_group(exc: BaseException) -> bool:
@@ -255,8 +273,8 @@ def _text(exc: BaseException) -> str:
 def _pickled(exc: BaseException) -> tuple[bytes | None, set[str]]:
     """The exception's own pickle if it loads again as what it was, and what it is then without."""
     try:
-        pickled = bytes(pickling.dumps(exc).body)
-        loaded = pickling.loads(pickling.Pickled(pickled))
+        pickled = pickling.to_bytes(exc)
+        loaded = pickling.from_bytes(pickled)
         if type(loaded) is not type(exc):
             return None, set()
         # Where the class itself says how it is rebuilt, it may leave something else behind.
@@ -289,7 +307,7 @@ def _lost(exc: BaseException, names: set[str]) -> dict[str, bytes]:
     pickled = {}
     for name in names | slots:
         with contextlib.suppress(Exception):
-            pickled[name] = bytes(pickling.dumps(getattr(exc, name)).body)
+            pickled[name] = pickling.to_bytes(getattr(exc, name))
     return pickled
 
 
@@ -301,30 +319,25 @@ def _taken_apart(exc: BaseException) -> tuple[bytes, bytes, dict[str, bytes]] | 
     # The members of a group come as failures of their own.
     values = exc.args[:1] if _is_group(exc) else exc.args
     try:
-        cls = bytes(pickling.dumps(type(exc)).body)
-        args = bytes(pickling.dumps(tuple(map(_or_a_stand_in, values))).body)
+        cls = pickling.to_bytes(type(exc))
+        args = pickling.to_bytes(tuple(map(_or_a_stand_in, values)))
     except Exception:
         return None
     attributes = {
-        name: bytes(pickling.dumps(_or_a_stand_in(value)).body)
-        for name, value in exc.__dict__.items()
+        name: pickling.to_bytes(_or_a_stand_in(value)) for name, value in exc.__dict__.items()
     }
     return cls, args, attributes
 
 
 def _or_a_stand_in(value: object) -> object:
     """A value, or what shows its repr where it cannot change process: the class is kept."""
-    try:
-        pickling.dumps(value)
-    except Exception:
-        return pickling.StandIn(repr(value))
-    return value
+    return value if pickling.error_of(value) is None else pickling.StandIn(repr(value))
 
 
-def _loaded(part: _Part) -> BaseException | None:
+def _loaded(part: Part) -> BaseException | None:
     if part.pickled is not None:
         with contextlib.suppress(Exception):
-            loaded = pickling.loads(pickling.Pickled(part.pickled))
+            loaded = pickling.from_bytes(part.pickled)
             if isinstance(loaded, BaseException):
                 return loaded
     return None
@@ -349,16 +362,14 @@ def _restore_name(cls: type, type_name: str) -> None:
 def _put_together(
     cls: bytes, args: bytes, attributes: dict[str, bytes], members: list[BaseException]
 ) -> BaseException:
-    def load(pickled: bytes) -> Any:
-        return pickling.loads(pickling.Pickled(pickled))
-
-    exc_class = load(cls)
-    values = (*load(args), members) if members else load(args)
+    exc_class, values = pickling.from_bytes(cls), pickling.from_bytes(args)
+    if members:
+        values = (*values, members)
     # Not exc_class(*values): that is what cannot be done with such a class.
     exc: BaseException = exc_class.__new__(exc_class, *values)
     _set(exc, "args", values)
     for name, value in attributes.items():
-        exc.__dict__[name] = load(value)
+        exc.__dict__[name] = pickling.from_bytes(value)
     return exc
 
 

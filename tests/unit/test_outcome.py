@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import cloudpickle
+import numpy as np
 import pytest
 
 from isolated_tasks.errors import RemoteError
@@ -55,6 +56,27 @@ def raising(exc: BaseException) -> Body:
         raise exc
 
     return body
+
+
+def test_large_arrays_travel_with_an_exception() -> None:
+    large = np.arange(100_000)
+    lock = threading.Lock()
+
+    class Held(Exception):
+        """Does not load by itself, so it is taken apart."""
+
+        def __init__(self, array: Any, lock: Any) -> None:
+            super().__init__(array)
+            self.array = array
+            self.lock = lock
+
+    error = ValueError(large)
+    error.array = large  # type: ignore[attr-defined]
+    for exc in (error, Held(large, lock)):
+        sent = arrive(run(raising(exc))[1])
+        assert type(sent).__name__ == type(exc).__name__
+        assert (sent.args[0] == large).all()
+        assert (sent.array == large).all()  # type: ignore[attr-defined]
 
 
 # ── awkward exceptions ──────────────────────────────────────────────────────────────────────────
