@@ -16,7 +16,6 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import os
-import pickle
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,20 +27,20 @@ import kombu.serialization
 from celery import _state, signals
 from celery.app import trace
 from celery.app.task import Context
-from celery.exceptions import Retry
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 from celery.result import result_from_tuple
 from celery.utils.saferepr import saferepr
 
-from isolated_tasks import byvalue, context, settings
+from isolated_tasks import byvalue, context, encoded, settings
 from isolated_tasks import signals as own_signals
 from isolated_tasks.errors import ForkserverError
-from isolated_tasks.process import pickling
+from isolated_tasks.process import limits, pickling
 from isolated_tasks.process.outcome import Failure, Outcome
 
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["BodyCall", "Logs", "StackEntry", "UnknownTask", "describe_app", "load_app", "run"]
+__all__ = ["BodyCall", "Logs", "StackEntry", "describe_app", "load_app", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +53,8 @@ FLUSH_SECONDS = 3.0
 
 #: The signature of a retry, pickled, up to which it goes back to the slot, in bytes.
 MAX_RETRIED = 64 * 1024
+
+limits.soft_time_limit_exceeded = SoftTimeLimitExceeded
 
 #: The app that this forkserver or child has loaded.
 _app: Celery | None = None
@@ -79,7 +80,7 @@ def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
         "locale": locale.setlocale(locale.LC_ALL),
     }
     title = f"app {location}" if location else f"app {app.main or 'default'} (rebuilt)"
-    return title, bytes(pickling.dumps(description, pickler=byvalue.Pickler).body)
+    return title, pickling.to_bytes(description, pickler=byvalue.Pickler)
 
 
 def load_app(argument: bytes) -> None:
@@ -92,7 +93,7 @@ def load_app(argument: bytes) -> None:
     Raises:
         BaseException: What the import raised.
     """
-    description = pickle.loads(argument)
+    description = pickling.from_bytes(argument)
     with contextlib.suppress(locale.Error):
         locale.setlocale(locale.LC_ALL, description["locale"])
     try:
@@ -112,7 +113,7 @@ def _import(location: str | None) -> Celery | None:
 
 
 def _rebuild(parts: bytes) -> Celery:
-    cls, keywords = pickle.loads(parts)
+    cls, keywords = pickling.from_bytes(parts)
     app: Celery = cls(**{**keywords, "set_as_current": True})
     return app
 
@@ -120,7 +121,9 @@ def _rebuild(parts: bytes) -> Celery:
 def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = True) -> None:
     global _app
     _app = app
-    app.conf.update({name: pickle.loads(value) for name, value in description["changes"].items()})
+    app.conf.update(
+        {name: pickling.from_bytes(value) for name, value in description["changes"].items()}
+    )
     if import_tasks:
         app.loader.init_worker()
     if description["queues"] is not None:
@@ -147,20 +150,16 @@ def _parts(app: Celery) -> bytes:
     keywords = dict(app.__reduce_keys__())
     keywords["changes"] = {}
     try:
-        return bytes(pickling.dumps((type(app), keywords), pickler=byvalue.Pickler).body)
+        return pickling.to_bytes((type(app), keywords), pickler=byvalue.Pickler)
     except Exception:
         # Most often a task_cls that holds on to another framework's app. The tasks that come by
         # value bring their classes along.
-        known = {name: value for name, value in keywords.items() if _is_picklable(value)}
-        return bytes(pickling.dumps((type(app), known), pickler=byvalue.Pickler).body)
-
-
-def _is_picklable(value: object) -> bool:
-    try:
-        pickling.dumps(value, pickler=byvalue.Pickler)
-    except Exception:
-        return False
-    return True
+        known = {
+            name: value
+            for name, value in keywords.items()
+            if pickling.error_of(value, pickler=byvalue.Pickler) is None
+        }
+        return pickling.to_bytes((type(app), known), pickler=byvalue.Pickler)
 
 
 def _location(app: Celery) -> str | None:
@@ -186,7 +185,7 @@ def _picklable_settings(app: Celery) -> dict[str, bytes]:
     changes = {}
     for name, value in dict(app.conf.changes).items():
         try:
-            changes[name] = bytes(pickling.dumps(value, pickler=byvalue.Pickler).body)
+            changes[name] = pickling.to_bytes(value, pickler=byvalue.Pickler)
         except Exception as exc:
             logger.warning(
                 "setting %s cannot be pickled, so isolated bodies do not see a change that was "
@@ -240,6 +239,8 @@ class BodyCall:
     join_will_block: bool
     #: Nobody stores the result.
     result_is_ignored: bool
+    #: The task's, where it has one: what is sent back is not to be unpickled.
+    result_serializer: str | None
     logs: Logs | None
     #: See `context`.
     carried: context.Carried | None = None
@@ -247,15 +248,13 @@ class BodyCall:
     definitions: list[bytes] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class UnknownTask:
-    """The outcome's value where the child's app has no task of that name: nothing has run."""
-
-    name: str
-
-
 def run(call: BodyCall) -> Outcome:
-    """Run the body of a task, in the child."""
+    """Run the body of a task, in the child.
+
+    Returns:
+        Its outcome; with a note ``unknown_task`` where the child's app has no task of that name:
+        then nothing has run.
+    """
     app = _app
     if app is None:
         raise ForkserverError(
@@ -266,14 +265,22 @@ def run(call: BodyCall) -> Outcome:
         byvalue.define(app, definition)
     missing = [name for name in (call.task, *(e.task for e in call.stack)) if name not in app.tasks]
     if missing:
-        return Outcome(value=UnknownTask(missing[0]))
+        return Outcome(notes={"unknown_task": missing[0]})
     with _stack(app, call.stack) as requests:
         canvas = _canvas(requests[-1]) if requests else {}
         outcome = _outcome(app.tasks[call.task], call)
         if requests:
             outcome.notes["children"] = [one.as_tuple() for one in requests[-1]._children or ()]
             outcome.notes["request"] = _changes(requests[-1], call.stack[-1].request, canvas)
-    return outcome
+    if call.result_serializer is None:
+        return outcome
+    task = app.tasks[call.task]
+    return encoded.pack(
+        outcome, call.result_serializer, task=task, is_ignored=call.result_is_ignored
+    )
+
+
+run.marks_body = True  # type: ignore[attr-defined]
 
 
 def _outcome(task: Any, call: BodyCall) -> Outcome:
@@ -284,11 +291,15 @@ def _outcome(task: Any, call: BodyCall) -> Outcome:
         # an exception that is a frozen dataclass refuses.
         try:
             function = task if call.directly else task.callable_in_child()
-            value = function(*args, **call.kwargs)
+            with limits.body():
+                value = function(*args, **call.kwargs)
         except BaseException as exc:
             outcome = Outcome(failure=Failure.of(exc, skip=frame))
-            if isinstance(exc, Retry) and exc.sig is not None:
-                outcome.notes["retry"] = _retried(exc)
+            if isinstance(exc, Retry):
+                if exc.sig is not None:
+                    outcome.notes["retry"] = _retried(exc)
+                if call.result_serializer is not None:
+                    outcome.notes["how"] = encoded.retry_notes(exc)
             return outcome
     stand_in = functools.partial(_stand_in, task, value, is_ignored=call.result_is_ignored)
     return Outcome(value, stand_in=stand_in)
@@ -306,7 +317,7 @@ def _retried(exc: Retry) -> tuple[bytes | None, bool]:
     """
     pickled = None
     with contextlib.suppress(Exception):
-        pickled = bytes(pickling.dumps(dict(exc.sig)).body)
+        pickled = pickling.to_bytes(dict(exc.sig))
     if pickled is not None and len(pickled) > MAX_RETRIED and not exc.is_eager:
         pickled = None
     return pickled, exc.is_eager
@@ -354,7 +365,7 @@ def _changes(
             continue
         with contextlib.suppress(Exception):
             if value != old:
-                changes[name] = bytes(pickling.dumps(value).body)
+                changes[name] = pickling.to_bytes(value)
     return changes
 
 
@@ -427,18 +438,19 @@ def _become_worker_process(app: Celery, call: BodyCall) -> None:
         # dropped here, without a word to its server.
         fixup.on_worker_process_init()
     hostname = call.logs.hostname if call.logs is not None else None
-    if settings.worker_settings(app).worker_process_init:
+    sends_signals = settings.worker_settings(app).worker_process_init
+    if sends_signals:
         signals.worker_process_init.send(sender=hostname)
     own_signals.isolated_process_init.send(sender=None)
     # Registered before any hook of the body's, so it runs after them.
-    atexit.register(_end_worker_process, app, os.getpid(), hostname)
+    atexit.register(_end_worker_process, os.getpid(), hostname, sends_signals=sends_signals)
 
 
-def _end_worker_process(app: Celery, pid: int, hostname: str | None) -> None:
+def _end_worker_process(pid: int, hostname: str | None, *, sends_signals: bool) -> None:
     if os.getpid() != pid:
         # A process that the body has forked, and that leaves as programs do.
         return
-    if settings.worker_settings(app).worker_process_init:
+    if sends_signals:
         signals.worker_process_shutdown.send(sender=hostname, pid=pid, exitcode=0)
     own_signals.isolated_process_shutdown.send(sender=None)
     context.flush(FLUSH_SECONDS)

@@ -13,7 +13,16 @@ import cloudpickle
 from isolated_tasks.errors import UnpicklableError
 from isolated_tasks.process.protocol import CALL_LIMITS, Bytes
 
-__all__ = ["Pickled", "StandIn", "dumps", "loads", "refusal"]
+__all__ = [
+    "Pickled",
+    "StandIn",
+    "dumps",
+    "error_of",
+    "from_bytes",
+    "loads",
+    "refusal",
+    "to_bytes",
+]
 
 #: A smaller buffer is copied into the pickle: one more piece to send costs more.
 OUT_OF_BAND_FROM = 64 * 1024
@@ -77,6 +86,31 @@ def loads(pickled: Pickled) -> Any:
     return pickle.loads(pickled.body, buffers=pickled.buffers)
 
 
+def to_bytes(value: object, *, pickler: PicklerFactory = cloudpickle.Pickler) -> bytes:
+    """Pickle a value into one piece, for a part of something that is pickled as a whole.
+
+    Raises:
+        Exception: As `dumps`.
+    """
+    with io.BytesIO() as file:
+        pickler(file, protocol=5).dump(value)
+        return file.getvalue()
+
+
+def from_bytes(pickled: bytes) -> Any:
+    """The value again, of which `to_bytes` made this."""
+    return pickle.loads(pickled)
+
+
+def error_of(value: object, *, pickler: PicklerFactory = cloudpickle.Pickler) -> Exception | None:
+    """Why a value cannot be pickled; None where it can."""
+    try:
+        dumps(value, pickler=pickler)
+    except Exception as exc:
+        return exc
+    return None
+
+
 def refusal(
     parts: Mapping[str, object],
     cause: BaseException,
@@ -99,7 +133,7 @@ def refusal(
     culprit: object = parts
     reason = cause
     for name, value in parts.items():
-        error = _try(value, pickler)
+        error = error_of(value, pickler=pickler)
         if error is not None:
             path, culprit, reason = _guilty(name, value, error, pickler)
             break
@@ -121,21 +155,13 @@ def _guilty(
         above.add(id(value))
         for step, part in _parts(value):
             # What contains itself fails there too, and is not what is looked for.
-            part_error = None if id(part) in above else _try(part, pickler)
+            part_error = None if id(part) in above else error_of(part, pickler=pickler)
             if part_error is not None:
                 path, value, error = path + step, part, part_error
                 break
         else:
             break
     return path, value, error
-
-
-def _try(value: object, pickler: PicklerFactory) -> BaseException | None:
-    try:
-        dumps(value, pickler=pickler)
-    except Exception as exc:
-        return exc
-    return None
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
@@ -171,7 +197,8 @@ def _short(key: object) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    if isinstance(error, RecursionError):
+    # cloudpickle makes a PicklingError of it.
+    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
         return "it is nested too deeply"
     return f"{type(error).__name__}: {error}"
 

@@ -14,19 +14,32 @@ A message travels as one frame. All numbers are big-endian::
 Three kinds of sockets carry them:
 
 *control*, one for each child, between requester and forkserver
-    ► `Spawn`, once and first, with three descriptors: the child's end of its call socket, the
-    reading end of the lifeline, the crash file. Then any number of `Signal`.
-    ◄ either `Refused`, or `Started` (with a pidfd where the kernel has them) and, when the child
-    has been reaped, `Exited`. The requester's closing its end while the child lives means: kill it.
+    ► `Spawn`, once and first, with four descriptors: the child's end of its call socket, the
+    reading end of the lifeline, the crash file, what is the body's stderr. Then any number of
+    `Signal`.
+    ◄ either `Refused`, or, after a `Waiting` where memory has to become free first, `Started`
+    (with a pidfd where the kernel has them) and, when the child has been reaped, `Exited`. In
+    between any number of `Stop`, and `Retiring` where the child is to serve no further call. The
+    requester's closing its end while the child lives means: kill it. A requester whose forkserver
+    has died while its child lives connects to the next one with an `Adopt` (and the child's pidfd)
+    instead of a `Spawn`; it is told of stops there, and closes when the child is gone. A forkserver
+    that closes its end before `Started` has not begun anything: ask the next one.
 *call*, one for each child, between requester and child
-    ► `Call`. ◄ `Accepted`, before anything of the call is unpickled; then `Outcome`. A batch
-    repeats this; an outcome with the flag ``LAST`` says that the child exits now.
+    ► `Call`. ◄ `Accepted`, before anything of the call is unpickled; `Begun`, when its body
+    begins, and its clock; then `Outcome`. A batch repeats this; an outcome with the flag ``LAST``
+    says that the child exits now. ► `Halt` tells a child that the signal which follows comes from
+    us.
 *status*, one for each forkserver, between main process and forkserver
-    ► `Boot`, once and first. ◄ `Loaded`, once. End-of-file from either side means: it is gone.
+    ► `Boot`, once and first; then any number of `Stop`, each for the requester of that call,
+    whichever it is, of `Reserve`, and of `Ping`. ◄ `Loaded`, once; then a `Pong` for each `Ping`,
+    and `Worn`, where it wants to be replaced.
+    ► `Retire`: it takes no more requests, answers with `Held`, now and whenever that has changed,
+    and exits with its last child. End-of-file from either side means: it is gone.
 
 Bodies of *control* and *status* messages are JSON, so that the forkserver never unpickles what a
-user sent; those of `Call` and `Outcome` are pickles whose large buffers follow out of band
-(PEP 574). Lengths are checked against the reader's limits before anything is allocated.
+user sent, and hold whole numbers of 64 bits at most; those of `Call` and `Outcome` are pickles
+whose large buffers follow out of band (PEP 574). Lengths are checked against the reader's limits
+before anything is allocated.
 """
 
 from __future__ import annotations
@@ -41,6 +54,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from isolated_tasks.errors import ProtocolError
+from isolated_tasks.process.options import MAX_INTEGER
 
 __all__ = [
     "CALL_LIMITS",
@@ -48,20 +62,32 @@ __all__ = [
     "SPAWN_DESCRIPTORS",
     "STATUS_LIMITS",
     "Accepted",
+    "Adopt",
+    "Begun",
     "Boot",
     "Call",
     "Exited",
     "Frame",
     "FrameReader",
+    "Halt",
+    "Held",
     "Kind",
     "Limits",
     "Loaded",
     "Message",
     "Outcome",
+    "Ping",
+    "Pong",
     "Refused",
+    "Reserve",
+    "Retire",
+    "Retiring",
     "Signal",
     "Spawn",
     "Started",
+    "Stop",
+    "Waiting",
+    "Worn",
     "decode",
     "encode",
     "expect",
@@ -76,7 +102,7 @@ LENGTH = struct.Struct("!Q")
 LAST = 1
 
 #: Descriptors that come with a `Spawn`.
-SPAWN_DESCRIPTORS = 3
+SPAWN_DESCRIPTORS = 4
 
 #: From this size on a body or a buffer is received into a mapping of its own, which goes back to
 #: the system when it is dropped. malloc might keep it: glibc raises its threshold for using mmap
@@ -102,6 +128,18 @@ class Kind(enum.IntEnum):
     OUTCOME = 8
     BOOT = 9
     LOADED = 10
+    WAITING = 11
+    STOP = 12
+    ADOPT = 13
+    BEGUN = 14
+    HALT = 15
+    WORN = 16
+    RETIRE = 17
+    HELD = 18
+    RESERVE = 19
+    RETIRING = 20
+    PING = 21
+    PONG = 22
 
 
 @dataclass(frozen=True)
@@ -111,6 +149,8 @@ class Limits:
     body: int
     buffers: int
     buffer: int
+    #: Body and buffers together; None for no further bound.
+    total: int | None = None
 
 
 #: An environment may be large, nothing else is.
@@ -131,15 +171,62 @@ class Spawn:
     batch_size: int
     batch_idle_timeout: float
     batch_memory_limit_bytes: int | None
+    memory_limit_bytes: int | None
+    soft_memory_limit_bytes: int | None
+    cpu_time_limit: int | None
+    nice: int | None
+    max_open_files: int | None
+    keep_children: bool
+    #: What is sent as an outcome may have this many bytes.
+    max_result_bytes: int
+    #: Send outcomes that the requester need not unpickle, see `plain`.
+    plain_outcomes: bool
     exit_timeout: float
+    #: `Stop` of the first call may have come before this.
+    call_id: str | None
+    #: How many children before this one have failed in a row to begin a body.
+    failures: int
     env: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Send a signal to the child's whole group (requester ► forkserver)."""
+    """Send a signal to the child (requester ► forkserver)."""
 
     signal: int
+    #: To its whole group.
+    to_group: bool = True
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """A child of a dead forkserver lives (requester ► forkserver)."""
+
+    pid: int
+    memory_limit_bytes: int | None
+    #: As in `Started`.
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stop this call (main process ► forkserver ► every requester)."""
+
+    call_id: str
+    signal: int
+    #: For the log: ``"revoked"``.
+    reason: str
+    #: An outcome that is there already stands.
+    keeps_outcome: bool = False
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The child is not started yet (forkserver ► requester)."""
+
+    #: The limits of the children that run, and what all together may have, in bytes.
+    taken_bytes: int
+    budget_bytes: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +234,8 @@ class Started:
     """The child exists (forkserver ► requester)."""
 
     pid: int
+    #: The folder of its control group, which keeps its memory limit; None where it has none.
+    group: str | None
 
 
 @dataclass(frozen=True)
@@ -155,6 +244,8 @@ class Refused:
 
     reason: str
     errno: int | None
+    #: What all children together may have, in bytes, where this one can never fit into it.
+    budget_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -163,9 +254,22 @@ class Exited:
 
     #: A status of 0 or more, or minus the signal.
     exit_code: int
+    #: Whether the kernel's out-of-memory killer has been at work; None where nobody tells.
+    oom_killed: bool | None
+    #: How that is known, in words; empty if it was not.
+    oom_evidence: str
+    #: Whether that was for its memory limit, which a control group kept.
+    memory_limit_hit: bool
+    #: The most that it and its descendants held, in bytes; None where no control group counts.
+    peak_bytes: int | None
     peak_rss_bytes: int
     user_seconds: float
     system_seconds: float
+
+
+@dataclass(frozen=True)
+class Retiring:
+    """The forkserver is being replaced: the child is to serve no further call (► requester)."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +285,20 @@ class Accepted:
     """The call is here, whole, and begins now (child ► requester)."""
 
     pid: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The body begins now (child ► requester)."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Halt:
+    """The next signal is meant for the body, and not for a whole terminal (requester ► child)."""
+
+    signal: int
 
 
 @dataclass(frozen=True)
@@ -205,6 +323,12 @@ class Boot:
     directory: str
     #: Modules, in this order, after ``setup``.
     preload: list[str]
+    #: What the memory limits of all children together may come to, in bytes.
+    memory_budget_bytes: int | None
+    #: What of it is not to be used yet, see `Reserve`.
+    reserved_bytes: int
+    #: Say `Worn` after so many children.
+    max_starts: int | None
     #: ``"module:function"``, called with ``setup_argument`` before the preload; may be empty.
     setup: str
     #: The title of what ``setup`` loads, for reports.
@@ -219,11 +343,73 @@ class Loaded:
     pid: int
     seconds: float
     rss_bytes: int
+    #: How memory limits are kept, in words.
+    memory_limits: str
     #: `preload.Entry` as mappings.
     entries: list[dict[str, Any]]
 
 
-Message = Spawn | Signal | Started | Refused | Exited | Call | Accepted | Outcome | Boot | Loaded
+@dataclass(frozen=True)
+class Worn:
+    """Replace me (forkserver ► main process)."""
+
+    #: In words.
+    reason: str
+
+
+@dataclass(frozen=True)
+class Retire:
+    """Start no more children, and exit with the last one (main process ► forkserver)."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the memory limits of the children come to that are left (forkserver ► main process)."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Leave so much of the budget to forkservers that were replaced (main process ► forkserver)."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Are you there? (main process ► forkserver)."""
+
+
+@dataclass(frozen=True)
+class Pong:
+    """I am (forkserver ► main process)."""
+
+
+Message = (
+    Spawn
+    | Adopt
+    | Signal
+    | Stop
+    | Waiting
+    | Started
+    | Refused
+    | Exited
+    | Call
+    | Accepted
+    | Begun
+    | Halt
+    | Outcome
+    | Boot
+    | Loaded
+    | Worn
+    | Retire
+    | Held
+    | Reserve
+    | Retiring
+    | Ping
+    | Pong
+)
 
 _KIND_OF: dict[type, Kind] = {
     Spawn: Kind.SPAWN,
@@ -236,6 +422,18 @@ _KIND_OF: dict[type, Kind] = {
     Outcome: Kind.OUTCOME,
     Boot: Kind.BOOT,
     Loaded: Kind.LOADED,
+    Waiting: Kind.WAITING,
+    Stop: Kind.STOP,
+    Adopt: Kind.ADOPT,
+    Begun: Kind.BEGUN,
+    Halt: Kind.HALT,
+    Worn: Kind.WORN,
+    Retire: Kind.RETIRE,
+    Held: Kind.HELD,
+    Reserve: Kind.RESERVE,
+    Retiring: Kind.RETIRING,
+    Ping: Kind.PING,
+    Pong: Kind.PONG,
 }
 _CLASS_OF = {kind: cls for cls, kind in _KIND_OF.items()}
 
@@ -260,7 +458,8 @@ def encode(message: Message) -> list[Bytes]:
     flags = 0
     if isinstance(message, Call | Outcome):
         body, buffers = message.pickled, message.buffers
-        flags = LAST if isinstance(message, Outcome) and message.last else 0
+        if isinstance(message, Outcome):
+            flags = LAST if message.last else 0
     elif isinstance(message, Boot):
         values = asdict(message)
         buffers = (values.pop("setup_argument"),)
@@ -295,11 +494,20 @@ def decode(frame: Frame) -> Message:
 
 def _check_types(message: Message) -> None:
     """Make sure that whoever acts on a message can rely on it: a forkserver must not die of one."""
-    for name, admitted in _TYPES_OF[type(message)].items():
-        if not isinstance(getattr(message, name), admitted):
-            raise TypeError(f"{name} is a {type(getattr(message, name)).__name__}")
-    if isinstance(message, Spawn) and not all(isinstance(v, str) for v in message.env.values()):
-        raise TypeError("env maps to something else than strings")
+    for name, (admitted, items) in _TYPES_OF[type(message)].items():
+        value: Any = getattr(message, name)
+        _check_type(name, value, admitted)
+        if items is not None:
+            for item in value.values() if isinstance(value, Mapping) else value:
+                _check_type(f"an item of {name}", item, items)
+
+
+def _check_type(name: str, value: object, admitted: tuple[type, ...]) -> None:
+    if not isinstance(value, admitted):
+        raise TypeError(f"{name} is a {type(value).__name__}")
+    if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+        # A sum of such numbers may be one that json cannot write (sys.set_int_max_str_digits).
+        raise ValueError(f"{name} is a number of {value.bit_length()} bits")
 
 
 def _admitted(hint: Any) -> tuple[type, ...]:
@@ -309,8 +517,16 @@ def _admitted(hint: Any) -> tuple[type, ...]:
     return tuple(get_origin(part) or part for part in parts)
 
 
+def _admitted_items(hint: Any) -> tuple[type, ...] | None:
+    """What a list or a mapping may hold; the keys of JSON are strings anyway."""
+    return _admitted(get_args(hint)[-1]) if get_origin(hint) in (list, Mapping) else None
+
+
 _TYPES_OF = {
-    cls: {name: _admitted(hint) for name, hint in get_type_hints(cls).items()} for cls in _KIND_OF
+    cls: {
+        name: (_admitted(hint), _admitted_items(hint)) for name, hint in get_type_hints(cls).items()
+    }
+    for cls in _KIND_OF
 }
 
 
@@ -336,8 +552,9 @@ class FrameReader:
         self._limits = limits
         self._scratch = bytearray(SCRATCH_SIZE)
         self._filled = 0
-        # Why nothing that follows can be understood, once that is so.
-        self._error: ProtocolError | None = None
+        # Why nothing that follows can be understood, once that is so. Not the exception: it knows
+        # this frame and so this reader, and a forkserver does not collect such cycles.
+        self._error: str | None = None
         # The frame that is being read: its fixed part, its pieces that are whole, and the one
         # that is not, which has outgrown the scratch.
         self._head: tuple[Kind, int, list[int]] | None = None
@@ -363,7 +580,7 @@ class FrameReader:
             ProtocolError: What came last was not a frame.
         """
         if self._error is not None:
-            raise self._error
+            raise ProtocolError(self._error)
         if self._target is not None:
             return self._target[self._target_filled :]
         return memoryview(self._scratch)[self._filled :]
@@ -391,7 +608,7 @@ class FrameReader:
                 if frame is not None:
                     frames.append(frame)
         except ProtocolError as exc:
-            self._error = exc
+            self._error = str(exc)
             if not frames:
                 raise
             return frames
@@ -436,6 +653,9 @@ class FrameReader:
         ]
         if any(length > limits.buffer for length in lengths):
             raise ProtocolError(f"a buffer of {max(lengths)} bytes is beyond the limits")
+        total = body + sum(lengths)
+        if limits.total is not None and total > limits.total:
+            raise ProtocolError(f"a frame of {total} bytes is beyond the limit of {limits.total}")
         self._head = (Kind(number), flags, [body, *lengths])
         return end, None
 
@@ -444,7 +664,12 @@ class FrameReader:
         if length <= available:
             self._pieces.append(bytes(memoryview(self._scratch)[used : used + length]))
             return used + length, None
-        self._target = _allocate(length)
+        try:
+            self._target = _allocate(length)
+        except OSError as exc:
+            # The limits of calls admit more than a machine may have left, or than the kernel lets
+            # one process ask for (ENOMEM).
+            raise ProtocolError(f"there is no room for {length} bytes of a frame: {exc}") from exc
         self._target[:available] = memoryview(self._scratch)[used : self._filled]
         self._target_filled = available
         return self._filled, None

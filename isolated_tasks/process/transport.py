@@ -113,7 +113,7 @@ class Channel:
         self._pending_descriptors: Sequence[int] = ()
         self._frames: list[Frame] = []
         self._descriptors: list[int] = []
-        #: The peer has closed its end, or is gone.
+        #: The peer has closed its end, is gone, or has sent what is not a message: nothing follows.
         self.at_eof = False
         if owned:
             own(self)
@@ -186,12 +186,18 @@ class Channel:
         Descriptors that came with it are in `take_descriptors`.
 
         Raises:
-            ProtocolError: What came is not a message.
+            ProtocolError: What came is not a message. Nothing that follows can be understood, and
+                nothing more is read.
         """
-        while not self._frames and not self.at_eof:
-            if not self._read():
-                return None
-        return protocol.decode(self._frames.pop(0)) if self._frames else None
+        try:
+            while not self._frames and not self.at_eof:
+                if not self._read():
+                    return None
+            return protocol.decode(self._frames.pop(0)) if self._frames else None
+        except ProtocolError:
+            self._frames.clear()
+            self.at_eof = True
+            raise
 
     def messages(self) -> Iterator[protocol.Message]:
         """All messages that are here."""
@@ -216,7 +222,9 @@ class Channel:
             self.at_eof = True
             return False
         self._descriptors.extend(received_descriptors(ancillary))
-        if flags & socket.MSG_CTRUNC:
+        # They may also come a few at a time, with bytes of a frame that never ends or with messages
+        # for which nobody takes any: then they would fill the table of this process.
+        if flags & socket.MSG_CTRUNC or len(self._descriptors) > protocol.SPAWN_DESCRIPTORS:
             raise ProtocolError("more descriptors came than a message has")
         if count == 0:
             self.at_eof = True

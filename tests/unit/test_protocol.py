@@ -1,9 +1,12 @@
 """Messages, frames, and all that a peer can get wrong; not one byte goes through a socket."""
 
+import gc
 import itertools
 import json
 import mmap
+import re
 import tracemalloc
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
@@ -17,24 +20,35 @@ from isolated_tasks.process.protocol import (
     CALL_LIMITS,
     CONTROL_LIMITS,
     HEADER,
+    LENGTH,
     MAPPED_FROM,
     SCRATCH_SIZE,
     STATUS_LIMITS,
     Accepted,
+    Adopt,
+    Begun,
     Boot,
     Call,
     Exited,
     Frame,
     FrameReader,
+    Halt,
+    Held,
     Kind,
     Limits,
     Loaded,
     Message,
     Outcome,
     Refused,
+    Reserve,
+    Retire,
+    Retiring,
     Signal,
     Spawn,
     Started,
+    Stop,
+    Waiting,
+    Worn,
     decode,
     encode,
     expect,
@@ -46,6 +60,16 @@ SPAWN = Spawn(
     batch_size=3,
     batch_idle_timeout=2.5,
     batch_memory_limit_bytes=None,
+    memory_limit_bytes=1 << 33,
+    soft_memory_limit_bytes=None,
+    cpu_time_limit=60,
+    nice=None,
+    max_open_files=None,
+    keep_children=False,
+    max_result_bytes=1 << 31,
+    plain_outcomes=False,
+    call_id="id/1",
+    failures=0,
     exit_timeout=5.0,
     env={"LANG": "C", "NAME": "ü \udc80"},
 )
@@ -55,23 +79,66 @@ BOOT = Boot(
     python_path=None,
     directory="/tmp/x",
     preload=["numpy"],
+    memory_budget_bytes=None,
+    reserved_bytes=0,
+    max_starts=None,
     setup="module:function",
     setup_name="app proj:app",
     setup_argument=bytes(range(256)),
 )
-LOADED = Loaded(pid=7, seconds=0.5, rss_bytes=1 << 33, entries=[{"name": "numpy", "threads": []}])
+LOADED = Loaded(
+    pid=7,
+    seconds=0.5,
+    rss_bytes=1 << 33,
+    memory_limits="by looking",
+    entries=[{"name": "numpy", "threads": []}],
+)
 
 #: At least one of each kind; together they are some hundred bytes long.
 MESSAGES: list[Message] = [
     SPAWN,
     Signal(9),
-    Started(pid=12),
-    Refused(reason="no", errno=11),
-    Refused(reason="no", errno=None),
-    Exited(exit_code=-9, peak_rss_bytes=1 << 40, user_seconds=0.25, system_seconds=1.5),
+    Started(pid=12, group=None),
+    Started(pid=12, group="/sys/fs/cgroup/a"),
+    Signal(15, to_group=False),
+    Stop("id/1", 15, "revoked"),
+    Adopt(pid=12, memory_limit_bytes=None, group=None),
+    Worn("it has grown"),
+    Retire(),
+    Held(1 << 33),
+    Reserve(0),
+    Retiring(),
+    Waiting(taken_bytes=1 << 33, budget_bytes=1 << 34),
+    Refused(reason="no", errno=11, budget_bytes=None),
+    Refused(reason="no", errno=None, budget_bytes=1 << 34),
+    Exited(
+        exit_code=0,
+        oom_killed=None,
+        oom_evidence="",
+        memory_limit_hit=False,
+        peak_bytes=None,
+        peak_rss_bytes=1,
+        user_seconds=0,
+        system_seconds=0,
+    ),
+    Exited(
+        exit_code=-9,
+        oom_killed=True,
+        oom_evidence="oom_kill of /a/group rose from 0 to 1",
+        memory_limit_hit=True,
+        peak_bytes=1 << 40,
+        peak_rss_bytes=1 << 40,
+        user_seconds=0.25,
+        system_seconds=1.5,
+    ),
     Call(b"pickle", [b"one", b"", b"three"]),
     Call(b""),
+    Call(b"pickle"),
+    protocol.Ping(),
+    protocol.Pong(),
     Accepted(pid=12),
+    Begun(pid=12),
+    Halt(signal=15),
     Outcome(b"pickle", [b"buffer"]),
     Outcome(b"pickle", last=True),
     BOOT,
@@ -340,6 +407,34 @@ def test_a_length_beyond_the_limits_is_refused_before_anything_is_allocated(
     assert peak < 64 * 1024
 
 
+@pytest.mark.parametrize("frame", [header(body=1 << 62), header(buffers=1) + LENGTH.pack(1 << 62)])
+def test_a_piece_that_no_machine_has_room_for_is_an_error_and_the_end(frame: bytes) -> None:
+    reader = FrameReader(Limits(body=1 << 62, buffers=1, buffer=1 << 62))
+    (signal,) = feed(reader, as_bytes([Signal(9)]) + frame + b"x")
+
+    assert decode(signal) == Signal(9)
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="no room for"):
+            reader.space()
+
+
+def test_a_reader_that_has_read_nonsense_is_gone_when_nobody_has_it_any_more() -> None:
+    # Without the help of the garbage collector, which a forkserver has switched off.
+    reader = FrameReader(LIMITS)
+    gc.disable()
+    try:
+        with pytest.raises(ProtocolError) as caught:
+            list(feed(reader, b"nonsense, and a lot of it"))
+        with pytest.raises(ProtocolError, match=re.escape(str(caught.value))):
+            reader.space()
+        gone = weakref.ref(reader)
+        del reader, caught
+
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_a_frame_at_the_limits_is_read() -> None:
     limits = Limits(body=10, buffers=2, buffer=20)
     message = Call(bytes(10), [bytes(20), bytes(20)])
@@ -357,6 +452,7 @@ def test_messages_before_the_nonsense_are_not_lost_when_they_come_apart() -> Non
     assert [decode(frame) for frame in frames] == [Signal(9)]
 
 
+JSON_OF_BOOT = {name: value for name, value in vars(BOOT).items() if name != "setup_argument"}
 JSON_KINDS = [kind for kind in Kind if kind not in (Kind.CALL, Kind.OUTCOME)]
 
 
@@ -370,7 +466,6 @@ JSON_KINDS = [kind for kind in Kind if kind not in (Kind.CALL, Kind.OUTCOME)]
         b"null",
         b"[]",
         b"7",
-        b"{}",
         b'{"unknown": 1}',
         b"[" * 100_000,
         b'{"pid":' * 100_000,
@@ -396,19 +491,29 @@ def test_a_body_that_is_not_what_its_kind_says_is_refused(kind: Kind, body: byte
         (Kind.SPAWN, {**vars(SPAWN), "batch_size": "3"}),
         (Kind.SPAWN, {**vars(SPAWN), "exit_timeout": None}),
         (Kind.SPAWN, {**vars(SPAWN), "name": 7}),
+        (Kind.BOOT, {**JSON_OF_BOOT, "sys_path": ["/app", None]}),
+        (Kind.BOOT, {**JSON_OF_BOOT, "preload": [["numpy"]]}),
+        (Kind.LOADED, {**vars(LOADED), "entries": ["numpy"]}),
     ],
 )
 def test_a_value_of_another_type_is_refused(kind: Kind, values: dict[str, object]) -> None:
     # Whoever acts on a message may rely on its types: the forkserver must not die of one.
     with pytest.raises(ProtocolError, match=kind.name):
-        decode(Frame(kind, 0, json.dumps(values).encode(), []))
+        decode(Frame(kind, 0, json.dumps(values).encode(), [b""]))
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, -(2**63) + 1])
+def test_a_whole_number_has_64_bits_at_most(number: int) -> None:
+    assert read([as_bytes([Signal(number)])]) == [Signal(number)]
+
+    for too_large in (10 * number, number * 10**4000):
+        with pytest.raises(ProtocolError, match="bits"):
+            read([as_bytes([Signal(too_large)])])
 
 
 def test_a_boot_without_its_buffer_is_refused() -> None:
-    body = {name: value for name, value in vars(BOOT).items() if name != "setup_argument"}
-
     with pytest.raises(ProtocolError, match="BOOT"):
-        decode(Frame(Kind.BOOT, 0, json.dumps(body).encode(), []))
+        decode(Frame(Kind.BOOT, 0, json.dumps(JSON_OF_BOOT).encode(), []))
 
 
 def test_a_message_that_cannot_come_now_is_refused_and_both_are_named() -> None:

@@ -9,7 +9,16 @@ import pytest
 
 from isolated_tasks.errors import ProtocolError
 from isolated_tasks.process import system
-from isolated_tasks.process.protocol import CALL_LIMITS, Call, Message, Signal
+from isolated_tasks.process.protocol import (
+    CALL_LIMITS,
+    HEADER,
+    SPAWN_DESCRIPTORS,
+    Call,
+    Kind,
+    Message,
+    Signal,
+    encode,
+)
 from isolated_tasks.process.transport import Channel, Lifeline
 
 Pair = tuple[Channel, Channel]
@@ -143,6 +152,21 @@ def test_nonsense_is_refused(pair: Pair) -> None:
         pair[1].receive()
 
 
+@pytest.mark.parametrize("then", [Signal(2), b"GET / HTTP/1.1\r\n\r\n"])
+def test_after_what_is_not_a_message_nothing_comes(pair: Pair, then: Message | bytes) -> None:
+    not_a_signal = HEADER.pack(b"IT", 1, Kind.SIGNAL, 0, 0, 2) + b"[]"
+    last = then if isinstance(then, bytes) else b"".join(map(bytes, encode(then)))
+    first = b"".join(map(bytes, encode(Signal(1))))
+    os.write(pair[0].fileno(), first + not_a_signal + last)
+
+    assert pair[1].receive() == Signal(1)
+    with pytest.raises(ProtocolError, match="SIGNAL"):
+        pair[1].receive()
+
+    assert pair[1].receive() is None
+    assert pair[1].at_eof
+
+
 def test_closing_twice_is_fine(pair: Pair) -> None:
     pair[0].close()
     pair[0].close()
@@ -207,6 +231,22 @@ def test_more_descriptors_than_any_message_has_are_refused_and_none_is_kept(pair
     pair[0].send(Signal(1), (writer,) * 10)
     os.close(writer)
 
+    with pytest.raises(ProtocolError, match="more descriptors"):
+        pair[1].receive()
+
+    pair[1].close()
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_descriptors_that_come_few_at_a_time_and_are_not_taken_are_refused_too(pair: Pair) -> None:
+    reader, writer = os.pipe()
+    for number in range(SPAWN_DESCRIPTORS + 1):
+        pair[0].send(Signal(number), (writer,))
+    os.close(writer)
+
+    for number in range(SPAWN_DESCRIPTORS):
+        assert pair[1].receive() == Signal(number)
     with pytest.raises(ProtocolError, match="more descriptors"):
         pair[1].receive()
 
