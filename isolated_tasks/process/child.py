@@ -21,13 +21,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from isolated_tasks.errors import ProtocolError
-from isolated_tasks.process import pickling, protocol, randomness, system
+from isolated_tasks.errors import ProtocolError, ResultTooLargeError
+from isolated_tasks.process import (
+    cgroup,
+    descendants,
+    pickling,
+    plain,
+    protocol,
+    randomness,
+    system,
+)
+from isolated_tasks.process.condition import Condition
+from isolated_tasks.process.limits import TERMINATING, Limits, body
 from isolated_tasks.process.outcome import Failure, Outcome
 from isolated_tasks.process.protocol import Boot, Spawn
+from isolated_tasks.process.stderr import Diversion
 from isolated_tasks.process.transport import Channel
 
 __all__ = ["ExitCode", "Inherited", "is_child", "main"]
+
+logger = logging.getLogger(__name__)
 
 _is_child = False
 
@@ -37,7 +50,9 @@ class ExitCode(enum.IntEnum):
 
     #: All calls served, or told to go.
     DONE = 0
-    #: The requester was gone before the lifeline was armed.
+    #: The same, and the body had left processes behind; the forkserver looks whether all are gone.
+    LEFT_PROCESSES = 72
+    #: The requester was gone, before the lifeline was armed or before it could end the child.
     ORPHANED = 71
     #: The child's own code failed; the traceback is on its stderr.
     INTERNAL = 70
@@ -53,8 +68,16 @@ class Inherited:
     lifeline: int
     #: Where faulthandler writes.
     crash: int
+    #: Where the stderr of bodies goes.
+    stderr: int
     #: What else stays open: files that a preload opened.
     keep: frozenset[int] = frozenset()
+    #: The group that it moves itself into, where the kernel keeps its memory limit.
+    group: cgroup.Group | None = None
+
+    def always(self) -> tuple[int, int, int, int]:
+        """The descriptors that every child has."""
+        return self.call, self.lifeline, self.crash, self.stderr
 
 
 def is_child() -> bool:
@@ -68,22 +91,30 @@ def main(inherited: Inherited, spawn: Spawn, *, boot: Callable[[], None] | None 
     The duties, in order:
 
     1. lead a process group of its own (the forkserver does the same from its side);
-    2. arm the lifeline, then look whether the requester is already gone;
-    3. put signals back to Python's defaults, but for SIGINT, which it ignores;
+    2. arm the lifeline, then look whether the requester is already gone; move into its control
+       group, before it holds anything of its own;
+    3. put signals back to Python's defaults, but for SIGINT, which it ignores, and for those that
+       the requester may send (see `limits`);
     4. close what belongs to the forkserver;
     5. be preferred by the out-of-memory killer; begin the memory high-water mark anew;
     6. send faulthandler's output where the requester can read it;
-    7. forget the forkserver's exit hooks; draw random numbers of its own;
+    7. forget the forkserver's exit hooks and processes; draw random numbers of its own;
     8. set its environment and, in a fresh interpreter, load the app;
     9. serve calls;
-    10. run exit hooks, for a bounded time, and leave by ``os._exit``.
+    10. run exit hooks, and end what bodies have left, for a bounded time; leave by ``os._exit``.
     """
     code: int = ExitCode.INTERNAL
     try:
-        _be_born(inherited, spawn)
+        limits = _be_born(inherited, spawn)
         failure = _boot(boot) if boot is not None else None
-        code = _Server(inherited, spawn, failure).serve()
+        code = _Server(inherited, spawn, limits, failure).serve()
         _run_exit_hooks(spawn.exit_timeout)
+        if spawn.keep_children and not limits.was_stopped:
+            # The kernel would kill who is still in the group when the requester lets go.
+            system.disarm_lifeline(inherited.lifeline)
+        elif code == ExitCode.DONE and system.has_children():
+            code = ExitCode.LEFT_PROCESSES
+            _end_processes()
     except BaseException:
         # Nothing may unwind into the forkserver's frames above this one.
         sys.excepthook(*sys.exc_info())
@@ -95,7 +126,7 @@ def main(inherited: Inherited, spawn: Spawn, *, boot: Callable[[], None] | None 
 # ── birth ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _be_born(inherited: Inherited, spawn: Spawn) -> None:
+def _be_born(inherited: Inherited, spawn: Spawn) -> Limits:
     global _is_child
     _is_child = True
     with contextlib.suppress(PermissionError):
@@ -105,22 +136,41 @@ def _be_born(inherited: Inherited, spawn: Spawn) -> None:
     # Only now: a requester that died before the arming sent no signal, one that dies after does.
     if system.is_closed_by_peer(inherited.lifeline):
         os._exit(ExitCode.ORPHANED)
+    if inherited.group is not None:
+        inherited.group.join()
     _reset_signals()
-    system.close_descriptors_except(
-        {0, 1, 2, inherited.call, inherited.lifeline, inherited.crash} | inherited.keep
-    )
+    limits = Limits(spawn, inherited.call, inherited.crash)
+    limits.install()
+    # So that whatever the body starts stays below it, where its memory is counted.
+    system.become_subreaper()
+    system.close_descriptors_except({0, 1, 2, *inherited.always()} | inherited.keep)
     system.prefer_for_oom_kill()
     system.reset_peak_rss()
     faulthandler.enable(inherited.crash)
     atexit._clear()
+    _forget_processes()
     randomness.reseed()
     os.environ.update(spawn.env)
     gc.enable()
+    return limits
+
+
+def _forget_processes() -> None:
+    """Those that a preload has started are the forkserver's.
+
+    At its exit multiprocessing would terminate them, fail as it waits for what is no child of this
+    process, and leave the other exit hooks out. Its own children begin without any (BaseProcess.
+    _bootstrap).
+    """
+    module = sys.modules.get("multiprocessing.process")
+    if module is not None:
+        module._children.clear()
 
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    for number in _handled_signals():
+    # Those of `limits` stay ignored, for the moment that there is no handler yet.
+    for number in _handled_signals() - {*TERMINATING, signal.SIGUSR1}:
         with contextlib.suppress(OSError, ValueError):
             system.set_signal(number, signal.SIG_DFL)
     # As in Celery's pool processes: the terminal's Ctrl-C is for the worker to act on.
@@ -131,13 +181,13 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _handled_signals() -> list[signal.Signals]:
+def _handled_signals() -> set[signal.Signals]:
     fixed = {signal.SIGKILL, signal.SIGSTOP}
-    return [
+    return {
         number
         for number in signal.Signals
         if number not in fixed and system.getsignal(number) is not signal.SIG_DFL
-    ]
+    }
 
 
 def _boot(boot: Callable[[], None]) -> Failure | None:
@@ -155,11 +205,16 @@ def _boot(boot: Callable[[], None]) -> Failure | None:
 class _Server:
     """Serves the calls of one batch."""
 
-    def __init__(self, inherited: Inherited, spawn: Spawn, failure: Failure | None) -> None:
+    def __init__(
+        self, inherited: Inherited, spawn: Spawn, limits: Limits, failure: Failure | None
+    ) -> None:
         self._channel = Channel.adopt(inherited.call, protocol.CALL_LIMITS)
         self._spawn = spawn
+        self._limits = limits
         # Why no call can be run here: the app did not load.
         self._failure = failure
+        self._group = inherited.group
+        self._stderr = Diversion(inherited.stderr)
         self._pid = os.getpid()
 
     def serve(self) -> int:
@@ -167,10 +222,11 @@ class _Server:
         for position in range(1, self._spawn.batch_size + 1):
             idle_timeout = None if position == 1 else self._spawn.batch_idle_timeout
             call = self._receive(idle_timeout)
-            if call is None:
+            if call is None or isinstance(call, protocol.Halt):
                 break
             if not isinstance(call, protocol.Call):
                 raise ProtocolError(f"a call was to come, but {type(call).__name__} came")
+            self._limits.is_serving = True
             self._send(protocol.Accepted(self._pid))
             if self._serve_one(call, is_last=position == self._spawn.batch_size):
                 break
@@ -178,20 +234,55 @@ class _Server:
 
     def _serve_one(self, call: protocol.Call, *, is_last: bool) -> bool:
         """Run one call and send its outcome; whether it was the last."""
+        self._limits.on_begin = self._say_begun
+        self._limits.found = None
+        self._stderr.begin()
         outcome = _run(call) if self._failure is None else Outcome(failure=self._failure)
+        # Should a signal have hit between two steps of the block that has them.
+        self._limits.end()
         if os.getpid() != self._pid:
             # The body forked, and this is the copy that came back into our code.
             _flush()
             os._exit(ExitCode.DONE)
-        pickled = _pickle_outcome(outcome, self._spawn.name)
+        pickled = _pickle_outcome(outcome, self._spawn)
         del outcome, call
-        last = is_last or self._failure is not None or self._is_too_big()
+        last = is_last or self._failure is not None or self._is_spent()
         _flush()
+        self._stderr.end()
+        if self._group is not None and self._group.limit_hit():
+            # The kernel has killed a descendant, and the body did not mind; the limit is for all.
+            os.kill(self._pid, signal.SIGKILL)
+        # Once this is sent the next call may come.
+        self._limits.is_serving = False
         self._send(protocol.Outcome(pickled.body, pickled.buffers, last=last))
         return last
 
+    def _say_begun(self) -> None:
+        self._send(protocol.Begun(self._pid))
+
+    def _is_spent(self) -> bool:
+        """Whether the next call must not find the process as the last one has left it."""
+        left = []
+        if self._limits.found is not None:
+            may_leave = self._spawn.keep_children
+            left = self._limits.found.changes(Condition.now(), may_leave_children=may_leave)
+        if self._is_too_big():
+            left.append(f"{system.rss_bytes() / 2**20:.0f} MiB of memory")
+        if left:
+            logger.warning(
+                "child pid=%d task=%s serves no further call of its batch: it was left with %s",
+                self._pid,
+                self._spawn.name,
+                "; ".join(left),
+            )
+        return bool(left)
+
     def _is_too_big(self) -> bool:
-        limit = self._spawn.batch_memory_limit_bytes
+        limits = [self._spawn.batch_memory_limit_bytes]
+        if self._spawn.soft_memory_limit_bytes is not None:
+            # What one call leaves is not to be the next one's MemoryError.
+            limits.append(self._spawn.soft_memory_limit_bytes // 2)
+        limit = min((one for one in limits if one is not None), default=None)
         if limit is None or system.rss_bytes() <= limit:
             return False
         # What only cycles hold is no reason to end a batch.
@@ -210,17 +301,24 @@ class _Server:
         return message
 
     def _send(self, message: protocol.Message) -> None:
-        self._channel.send(message)
-        while self._channel.wants_write:
-            system.wait_for(self._channel.fileno(), system.POLL_WRITE)
-            self._channel.flush()
+        try:
+            self._channel.send(message)
+            while self._channel.wants_write:
+                system.wait_for(self._channel.fileno(), system.POLL_WRITE)
+                self._channel.flush()
+        except ConnectionError:
+            # The kernel closes its descriptors one by one, and has yet to come to the lifeline.
+            os._exit(ExitCode.ORPHANED)
 
 
 def _run(call: protocol.Call) -> Outcome:
     frame = sys._getframe()
     try:
         function, args, kwargs = pickling.loads(pickling.Pickled(call.pickled, call.buffers))
-        value = function(*args, **kwargs)
+        # One that has more to do than to run a body says itself where that begins.
+        marked = getattr(function, "marks_body", False)
+        with contextlib.nullcontext() if marked else body():
+            value = function(*args, **kwargs)
     except BaseException as exc:
         # SystemExit and KeyboardInterrupt as well: they end a body, and the requester is told.
         return Outcome(failure=Failure.of(exc, skip=frame))
@@ -240,7 +338,25 @@ def _see_it_load(pickled: pickling.Pickled) -> None:
         pickling.loads(pickled)
 
 
-def _pickle_outcome(outcome: Outcome, task: str) -> pickling.Pickled:
+def _pickle_outcome(outcome: Outcome, spawn: Spawn) -> pickling.Pickled:
+    if spawn.plain_outcomes:
+        pickled = plain.encode(outcome, task=spawn.name)
+    else:
+        pickled = _pickle(outcome, spawn.name)
+    if pickled.size <= spawn.max_result_bytes:
+        return pickled
+    what = "result" if outcome.failure is None else "exception"
+    refusal = ResultTooLargeError(
+        f"task {spawn.name!r}: its {what} has {pickled.size} bytes, above max_result_bytes="
+        f"{spawn.max_result_bytes}; return a path or a key instead",
+        {"task": spawn.name, "size": pickled.size, "limit": spawn.max_result_bytes},
+    )
+    # Without the notes, which may be what is so large.
+    outcome = Outcome(failure=Failure.of(refusal))
+    return plain.encode(outcome, task=spawn.name) if spawn.plain_outcomes else _pickle(outcome, "")
+
+
+def _pickle(outcome: Outcome, task: str) -> pickling.Pickled:
     stand_in, outcome = outcome.stand_in, dataclasses.replace(outcome, stand_in=None)
     try:
         pickled = pickling.dumps(outcome)
@@ -279,6 +395,27 @@ def _run_exit_hooks(timeout: float) -> None:
     logging.shutdown()
 
 
+def _end_processes() -> None:
+    """End what the body has left, wherever it is: the forkserver, which would, may be dead.
+
+    For as long as the clock of the exit hooks still runs.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while _kill_children():
+            # Of each that ends, those it has started become ours.
+            os.waitpid(-1, 0)
+
+
+def _kill_children() -> bool:
+    """Kill whom this process is the parent of; whether there is anybody that may be killed."""
+    killed = False
+    for pid in descendants.children(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+            killed = True
+    return killed
+
+
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A body may have closed or replaced them.
@@ -290,19 +427,22 @@ def _flush() -> None:
 
 
 def _spawned(arguments: list[str]) -> NoReturn:
-    """``python -m isolated_tasks.process.child CALL LIFELINE CRASH BOOT``: start_method="spawn".
+    """``python -m isolated_tasks.process.child CALL LIFELINE CRASH STDERR BOOT [GROUP]``.
 
-    The numbers are descriptors; BOOT holds the `Spawn` and the `Boot`, as frames.
+    That is start_method="spawn". The numbers are descriptors; BOOT holds the `Spawn` and the
+    `Boot`, as frames. GROUP is the folder of the control group.
     """
     from isolated_tasks.process import preload
 
-    call, lifeline, crash, description = (int(argument) for argument in arguments)
-    for descriptor in (call, lifeline, crash):
+    call, lifeline, crash, stderr, description = (int(argument) for argument in arguments[:5])
+    for descriptor in (call, lifeline, crash, stderr):
         os.set_inheritable(descriptor, False)
     with open(description, "rb") as file:
         spawn, boot = _read_description(file.read())
     preload.adopt(boot)
-    main(Inherited(call, lifeline, crash), spawn, boot=lambda: preload.set_up(boot))
+    group = cgroup.Group.at(arguments[5] if arguments[5:] else None)
+    inherited = Inherited(call, lifeline, crash, stderr, group=group)
+    main(inherited, spawn, boot=lambda: preload.set_up(boot))
 
 
 def describe(spawn: Spawn, boot: Boot) -> bytes:

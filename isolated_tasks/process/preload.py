@@ -35,6 +35,8 @@ class Entry:
     error: str | None = None
     #: Names of threads that it started and that a fork would leave behind.
     threads: list[str] = field(default_factory=list)
+    #: Sockets that it left open, by the addresses of their two ends: all children have them.
+    sockets: list[str] = field(default_factory=list)
     #: It initialised CUDA, which no fork can use.
     cuda: bool = False
 
@@ -113,6 +115,7 @@ def _load_one(name: str, action: Callable[[], object]) -> Entry:
     threads_before = set(threading.enumerate())
     native_before = _threads_after_fork()
     had_cuda = system.uses_cuda()
+    sockets_before = system.sockets()
     began = time.monotonic()
     try:
         action()
@@ -124,6 +127,8 @@ def _load_one(name: str, action: Callable[[], object]) -> Entry:
     if started > 0:
         named = [thread.name for thread in threading.enumerate() if thread not in threads_before]
         entry.threads = named + ["(native)"] * (started - len(named))
+    sockets = system.sockets()
+    entry.sockets = sorted(sockets[inode] for inode in sockets.keys() - sockets_before.keys())
     entry.cuda = system.uses_cuda() and not had_cuda
     return entry
 
