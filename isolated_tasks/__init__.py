@@ -4,8 +4,13 @@ The package has two wings, and imports point down only (a test says so)::
 
     worker      the bootstep that starts and stops the forkserver
     task        IsolatedTask: decides who runs a call, and where
+    calls       one call, from its slot: what travels, what comes back
+    failures    what a call fails with
+    request     what the main process does about a call: limits, revocation, acknowledgement
+    losses      how the children of one message were lost so far
     requester   what the slots of a process share: children, and the way to a forkserver
     body        inside the child: rebuild task.request, run the body
+    encoded     what comes back where nothing of a body's is to be unpickled
     byvalue     tasks that the forkserver cannot import
     context     what code keeps around a task: context variables, tracing, bound log fields
     signals     our own signals, sent in the slot and in the child
@@ -29,12 +34,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isolated_tasks.errors import (
         ChildLostError,
+        CPUTimeLimitExceeded,
         ForkserverError,
         IsolationError,
+        MemoryLimitExceeded,
+        OpenFilesLimitExceeded,
         OptionError,
         OutOfMemoryError,
         ProtocolError,
         RemoteError,
+        ResultTooLargeError,
+        SoftMemoryLimitExceeded,
         UnpicklableError,
     )
     from isolated_tasks.task import IsolatedMixin, IsolatedTask
@@ -42,15 +52,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPUTimeLimitExceeded",
     "ChildLostError",
     "ForkserverError",
     "IsolatedMixin",
     "IsolatedTask",
     "IsolationError",
+    "MemoryLimitExceeded",
+    "OpenFilesLimitExceeded",
     "OptionError",
     "OutOfMemoryError",
     "ProtocolError",
     "RemoteError",
+    "ResultTooLargeError",
+    "SoftMemoryLimitExceeded",
     "UnpicklableError",
     "__version__",
 ]

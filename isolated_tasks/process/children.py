@@ -11,19 +11,32 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 
-from isolated_tasks.errors import ChildLostError
-from isolated_tasks.process.options import ProcessOptions
+from isolated_tasks.errors import ForkserverError, IsolationError
+from isolated_tasks.process import protocol, verdicts
+from isolated_tasks.process.breaker import Breaker
+from isolated_tasks.process.options import CallOptions, ProcessOptions
 from isolated_tasks.process.outcome import Outcome
 from isolated_tasks.process.pickling import Pickled
-from isolated_tasks.process.supervisor import NotBegunError, Supervisor
+from isolated_tasks.process.supervisor import NotBegunError, StoppedError, Supervisor
 
 __all__ = ["Children"]
 
-#: A child that goes before it accepts is replaced this often before the call fails.
-MAX_STARTS = 5
+logger = logging.getLogger(__name__)
+
+#: What the system is short of now and may have again: a child is tried again.
+TRANSIENT = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+#: Requests to stop calls that have not come here yet, or never will, that are remembered.
+MAX_STOPS = 1000
+
+#: How often to see whether there is a forkserver, while no child is tried, in seconds.
+_CHECK_SECONDS = 0.5
 
 #: What an exiting child gets on top of the time that its exit hooks have.
 _EXIT_GRACE = 1.0
@@ -39,15 +52,24 @@ class Children:
     """
 
     def __init__(self, slots: int = 1) -> None:
-        self.slots = slots
+        #: Asked anew each time: Celery's pools may grow and shrink.
+        self.count_slots: Callable[[], int] = lambda: slots
         self._lock = threading.Lock()
+        self._breaker = Breaker()
+        self._renewals = 0
         self._running = 0
         # Oldest first. Never waited for or closed while the lock is held.
         self._idle: collections.deque[Supervisor] = collections.deque()
         self._exiting: collections.deque[Supervisor] = collections.deque()
+        # An idle child's control socket may bring what another one's call is to hear.
+        self._stops: collections.OrderedDict[str, protocol.Stop] = collections.OrderedDict()
 
     def call(
-        self, pickled: Pickled, options: ProcessOptions, address: Callable[[], str]
+        self,
+        pickled: Pickled,
+        options: ProcessOptions,
+        address: Callable[[], str],
+        call_options: CallOptions | None = None,
     ) -> Outcome:
         """Run one call, in an idle child with the same options or in a new one.
 
@@ -55,27 +77,113 @@ class Children:
             pickled: A tuple of a callable, its positional and its keyword arguments.
             options: What the child must be.
             address: Finds the forkserver's socket; asked anew for each start.
+            call_options: The limits of this call.
 
         Raises:
+            StoppedError: Somebody has asked for that.
+            TimeIsUpError: The body has run for too long.
             ForkserverError: No child could be started.
-            ChildLostError: The child exited without an outcome, or several went before they began.
+            ChildLostError: The child exited without an outcome, or several in a row went before
+                they had begun anything.
+            IsolationError: A limit was exceeded, see `Supervisor.call`.
         """
+        call_options = call_options or CallOptions(options.name)
+        call_id = call_options.call_id
+        attempts = _Attempts(options)
         with self._running_one():
-            starts = 0
             while True:
                 child = self._take_idle(options)
+                is_new = child is None
                 try:
                     if child is None:
-                        starts += 1
+                        self._wait_for_turn(attempts, address, call_options)
                         self._make_room()
-                        child = Supervisor(address(), options)
-                    return child.call(pickled, meanwhile=address)
+                        child = self._start(options, address(), call_options)
+                    elif call_id in self._stops:
+                        raise StoppedError("stopped before it began")
+                    outcome = child.call(pickled, call_options, meanwhile=address)
+                    # It may have been stopped while its outcome was being loaded.
+                    _ = child.has_exited
+                    stop = None if call_id is None else self._stops.get(call_id)
+                    if stop is not None and not stop.keeps_outcome:
+                        raise StoppedError(f"{stop.reason} when it had ended")
+                    return outcome
                 except NotBegunError as exc:
-                    if starts >= MAX_STARTS:
-                        raise _never_began(options, child, exc) from exc
+                    if is_new:
+                        self._note_failure(attempts, exc, child)
+                except ForkserverError as exc:
+                    if child is not None and child.is_late:
+                        # Its time is up, so no other one is tried; but those of other calls are.
+                        self._breaker.failed(str(exc), is_stillborn=child.pid is not None)
+                    if exc.errno not in TRANSIENT:
+                        raise
+                    self._note_failure(attempts, exc, child)
                 finally:
                     if child is not None:
                         self._put_back(child)
+
+    def _start(
+        self, options: ProcessOptions, address: str, call_options: CallOptions
+    ) -> Supervisor:
+        child = Supervisor(
+            address,
+            options,
+            call_options.call_id,
+            self._remember_stop,
+            failures=self._breaker.stillborn,
+        )
+        child.renewal = self._renewals
+        child.on_waiting = self._end_idle
+        child.on_accepted = self._breaker.succeeded
+        return child
+
+    def _wait_for_turn(
+        self, attempts: _Attempts, address: Callable[[], str], call_options: CallOptions
+    ) -> None:
+        """Wait until another child may be tried.
+
+        Raises:
+            StoppedError: Somebody has asked for that.
+            ForkserverError: It would take longer than a call waits.
+        """
+        while True:
+            if call_options.call_id in self._stops:
+                raise StoppedError("stopped before it began")
+            wait = self._breaker.claim()
+            if not wait:
+                return
+            if attempts.seconds_left < 0:
+                raise attempts.error(self._breaker)
+            time.sleep(min(wait, _CHECK_SECONDS))
+            # The forkserver may be gone, and this thread the one that would replace it.
+            address()
+
+    def _note_failure(
+        self, attempts: _Attempts, error: Exception, child: Supervisor | None
+    ) -> None:
+        """Take note of a child that has not come to its body.
+
+        Raises:
+            IsolationError: It was one too many.
+        """
+        if isinstance(error, NotBegunError) and not error.is_its_own:
+            # Its forkserver is gone or was replaced. That is nobody's failure: the launcher has
+            # pauses of its own.
+            if child is not None and child.has_waited:
+                attempts.begin_anew()
+            elif attempts.seconds_left < 0:
+                raise attempts.error(self._breaker, error, child) from error
+            return
+        self._breaker.failed(str(error), is_stillborn=isinstance(error, NotBegunError))
+        logger.warning(
+            "task %r: %s; the next one is tried in %.2g s",
+            attempts.name,
+            error,
+            self._breaker.pause,
+        )
+        is_lasting = self._breaker.is_open and not isinstance(error, ForkserverError)
+        if is_lasting or attempts.seconds_left < 0:
+            raise attempts.error(self._breaker, error, child) from error
 
     def close(self, timeout: float = 5.0) -> None:
         """End idle children and wait for exiting ones; for the end of the process.
@@ -92,6 +200,32 @@ class Children:
                 child.dismiss()
         for child in children:
             self._see_off(child, timeout)
+
+    def renew(self) -> None:
+        """Have no call from now on served by a child that is there now."""
+        with self._lock:
+            self._renewals += 1
+            idle = list(self._idle)
+            self._idle.clear()
+        for child in idle:
+            self._put_back(child)
+
+    def _end_idle(self) -> None:
+        """End the idle children that hold part of the memory budget: one that is to start waits."""
+        with self._lock:
+            idle = [one for one in self._idle if one.options.memory_limit_bytes is not None]
+            for child in idle:
+                self._idle.remove(child)
+        for child in idle:
+            if child.is_usable:
+                child.dismiss()
+        with self._lock:
+            self._exiting.extend(idle)
+
+    def _remember_stop(self, stop: protocol.Stop) -> None:
+        self._stops[stop.call_id] = stop
+        while len(self._stops) > MAX_STOPS:
+            self._stops.popitem(last=False)
 
     @contextlib.contextmanager
     def _running_one(self) -> Iterator[None]:
@@ -117,20 +251,42 @@ class Children:
             self._put_back(child)
 
     def _make_room(self) -> None:
+        """See to it that there is one child fewer than slots, as far as that is up to us.
+
+        The caller counts as running and has no child yet, so one that it has taken from the lists
+        is still counted.
+        """
+        self._close_exited()
         while True:
+            slots = self.count_slots()
             with self._lock:
                 others = len(self._exiting) + len(self._idle)
-                if self._running + others <= self.slots or not others:
+                if self._running + others <= slots or not others:
                     return
                 child = (self._exiting or self._idle).popleft()
             if child.is_usable:
                 child.dismiss()
             self._see_off(child, child.options.exit_timeout + _EXIT_GRACE)
 
+    def _close_exited(self) -> None:
+        """Give back what exited children hold: their descriptors, here and in the forkserver."""
+        for _ in range(len(self._exiting)):
+            with self._lock:
+                if not self._exiting:
+                    return
+                child = self._exiting.popleft()
+            if child.has_exited:
+                child.close()
+                continue
+            with self._lock:
+                self._exiting.append(child)
+
     def _put_back(self, child: Supervisor) -> None:
         if child.has_exited:
             child.close()
             return
+        if child.renewal != self._renewals and child.is_usable:
+            child.dismiss()
         # Asked before the lock is taken: a look at sockets may switch greenlets.
         parked = self._idle if child.is_usable else self._exiting
         with self._lock:
@@ -139,23 +295,44 @@ class Children:
     def _see_off(self, child: Supervisor, timeout: float) -> None:
         try:
             if not child.wait_exited(timeout):
+                logger.warning("%r has not exited within %g s, and is killed", child, timeout)
                 child.kill()
                 child.wait_exited(_EXIT_GRACE)
         finally:
             child.close()
 
 
-def _never_began(
-    options: ProcessOptions, child: Supervisor | None, cause: NotBegunError
-) -> ChildLostError:
-    return ChildLostError(
-        f"task {options.name!r}: {MAX_STARTS} children went before they accepted the call; "
-        f"the last one: {cause}",
-        {
-            "task": options.name,
-            "pid": child.pid if child else None,
-            "exit_code": child.exit_code if child else None,
-            "started": False,
-            "crash_traceback": "",
-        },
-    )
+class _Attempts:
+    """The attempts of one call to get a child that begins its body."""
+
+    def __init__(self, options: ProcessOptions) -> None:
+        self.name = options.name
+        self._timeout = options.start_timeout
+        self._deadline = 0.0
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """What has passed so far does not count."""
+        self._deadline = time.monotonic() + self._timeout
+
+    @property
+    def seconds_left(self) -> float:
+        """How long it may go on."""
+        return self._deadline - time.monotonic()
+
+    def error(
+        self,
+        breaker: Breaker,
+        cause: Exception | None = None,
+        child: Supervisor | None = None,
+    ) -> IsolationError:
+        """What the call fails with."""
+        if child is None or child.pid is None:
+            return ForkserverError(
+                f"task {self.name!r}: no child could be started within {self._timeout:g} s "
+                f"(isolated_start_timeout). {breaker.failures} in a row have failed, the last "
+                f"one: {breaker.reason or 'its forkserver went'}; the next one is tried in "
+                f"{breaker.pause:.2g} s",
+                {name: getattr(cause, name, None) for name in ForkserverError.fields},
+            )
+        return verdicts.stillborn(child.facts(), breaker.failures, breaker.reason, breaker.pause)

@@ -1,32 +1,32 @@
-"""Role: main process. Starts forkservers, hears what they loaded, replaces those that die.
+"""Role: main process. Starts forkservers, hears what they loaded, replaces the dead and the worn.
 
 The launcher owns the listening socket, so that requests wait in its queue while a dead forkserver
-is being replaced, and several forkservers can take from one queue. It starts them by
-``posix_spawn``: nothing of the main process, which may be large, threaded or patched by gevent, is
-copied for that. There is no thread here either; `Launcher.check` is to be called when one of
-`Launcher.descriptors` becomes readable, or now and then.
+is being replaced, and several forkservers can take from one queue. One that is to be replaced while
+it lives serves until its successor has loaded, and then sees its own children to their end. There
+is no thread here; `Launcher.check` is to be called when one of `Launcher.descriptors` becomes
+readable, or now and then.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import logging
 import os
 import selectors
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from isolated_tasks.errors import ForkserverError, ProtocolError
-from isolated_tasks.process import preload, protocol, system
-from isolated_tasks.process.protocol import Boot, Loaded
-from isolated_tasks.process.transport import Channel, Lifeline, own
+from isolated_tasks.errors import ForkserverError
+from isolated_tasks.process import system
+from isolated_tasks.process.generation import Generation, wait
+from isolated_tasks.process.protocol import Boot, Loaded, Stop
+from isolated_tasks.process.transport import own
 
 __all__ = ["Launcher", "Plan"]
 
@@ -40,14 +40,14 @@ BACKLOG = 4096
 FIRST_DELAY = 0.5
 LAST_DELAY = 30.0
 
-#: For a forkserver to read what it is to load, in seconds; it does so as it starts.
-SEND_TIMEOUT = 10.0
+#: Those that do not last for so long after they have loaded, in seconds, are replaced with pauses,
+#: though with shorter ones: each start loads the app, and takes what others may need.
+SETTLED_SECONDS = 5.0
+LAST_DELAY_LOADED = 5.0
 
-#: What a forkserver gets to end its children when it is told to stop, in seconds.
-STOP_TIMEOUT = 5.0
-
-#: What must not reach a forkserver: it would make Celery's ``@app.task`` bind differently.
-_UNWANTED_VARIABLES = ("FORKED_BY_MULTIPROCESSING",)
+#: Requests to stop calls that every new forkserver is told of: what the one before was told is
+#: gone with it, and the call may not have come yet.
+MAX_STOPS = 1000
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,55 @@ class Plan:
     setup_argument: bytes = b""
     #: How many forkservers take requests.
     count: int = 1
+    #: What the memory limits of all children together may come to, in bytes; None is no bound. For
+    #: one forkserver: several do not know of each other's children.
+    memory_budget_bytes: int | None = None
+    #: A forkserver that has started so many children is replaced; None for never.
+    max_starts: int | None = None
+    #: One that has not answered for so long, in seconds, is killed, and replaced.
+    patience: float = 20.0
+    #: One that has not loaded after so long, in seconds, is aborted, and replaced.
+    boot_timeout: float = 120.0
 
 
-class _Server:
-    """One forkserver, from this side."""
+class _Place:
+    """Where there is to be one forkserver, at all times."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.pid = 0
-        self.channel: Channel | None = None
-        self.lifeline: Lifeline | None = None
-        self.loaded: Loaded | None = None
+    def __init__(self) -> None:
+        self.current: Generation | None = None
+        #: Loads beside the current one, to take its place.
+        self.successor: Generation | None = None
+        #: The last one has died before it had loaded.
+        self.died_loading = False
+        #: How many in a row have not lasted, and when to try again.
         self.failures = 0
         self.not_before = 0.0
 
-    def hang_up(self) -> None:
-        """Close our ends, which is how a forkserver is told to stop."""
-        if self.channel is not None:
-            self.channel.close()
-        if self.lifeline is not None:
-            self.lifeline.close()
-        self.channel = self.lifeline = None
+    def note_end(self, generation: Generation) -> None:
+        """One of them has ended, or is to be replaced: how long is the next one to wait?"""
+        self.died_loading = generation.loaded is None
+        if generation.loaded is None:
+            self.postpone()
+        elif time.monotonic() - generation.loaded_at >= SETTLED_SECONDS:
+            # Nor does it wait for a successor of it that has failed: now there is none at all.
+            self.failures, self.not_before = 0, 0.0
+        elif self.failures:
+            self.postpone(LAST_DELAY_LOADED)
+        else:
+            # Once is no pattern.
+            self.failures = 1
+
+    def postpone(self, last_delay: float = LAST_DELAY) -> float:
+        """Another one has failed; in how many seconds to try again."""
+        self.failures += 1
+        # No more than 10 doublings: after a night of failures the power would not fit a float.
+        delay = min(last_delay, FIRST_DELAY * 2.0 ** min(self.failures - 1, 10))
+        self.not_before = time.monotonic() + delay
+        return delay
+
+    def generations(self) -> list[Generation]:
+        """Those that live here."""
+        return [one for one in (self.current, self.successor) if one is not None]
 
 
 class Launcher:
@@ -96,10 +124,17 @@ class Launcher:
         self._owner = os.getpid()
         self._directory = ""
         self._listener: socket.socket | None = None
-        self._servers = [_Server(number) for number in range(1, plan.count + 1)]
+        self._places = [_Place() for _ in range(plan.count)]
+        # Those that have been replaced, and still have children.
+        self._retired: list[Generation] = []
         #: Called when a forkserver has been started: `descriptors` has changed.
         self.on_launch: Callable[[], object] = lambda: None
         self._stopped = False
+        self._told_of_limits = False
+        #: Called when a stop could not be sent yet: `check` is to be called soon.
+        self.on_backlog: Callable[[], object] = lambda: None
+        self._stops: collections.deque[Stop] = collections.deque(maxlen=MAX_STOPS)
+        self._sending = threading.Lock()
         self._lock = threading.RLock()
 
     def start(self) -> None:
@@ -115,24 +150,26 @@ class Launcher:
             self._listener.bind(self.address)
             self._listener.listen(BACKLOG)
             own(self)
-            for server in self._servers:
-                self._launch(server)
+            for lack in system.lacking():
+                logger.info("this kernel has %s", lack)
+            for place in self._places:
+                place.current = self._launch()
         except BaseException:
             self.stop()
             raise
 
     def descriptors(self) -> list[int]:
         """What becomes readable when `check` has something to do."""
-        channels = [server.channel for server in self._servers]
-        return [channel.fileno() for channel in channels if channel and not channel.at_eof]
+        found = (generation.descriptor for generation in self._generations())
+        return [descriptor for descriptor in found if descriptor is not None]
 
     def loaded(self) -> list[Loaded]:
         """What the forkservers that are ready have loaded."""
-        return [server.loaded for server in self._servers if server.loaded is not None]
+        return [one.loaded for one in self._current() if one.loaded is not None]
 
     def pids(self) -> list[int]:
-        """The forkservers that live, as far as is known."""
-        return [server.pid for server in self._servers if server.pid]
+        """The forkservers that take requests, or will, as far as is known."""
+        return [generation.pid for generation in self._current()]
 
     def wait_loaded(self, timeout: float) -> None:
         """Wait until every forkserver has loaded.
@@ -144,9 +181,9 @@ class Launcher:
             ForkserverError: One died over it, or the time was not enough.
         """
         deadline = time.monotonic() + timeout
-        while any(server.loaded is None for server in self._servers):
-            failed = [server for server in self._servers if server.failures]
-            if failed:
+        pause = self.check()
+        while any(place.current is None or not place.current.loaded for place in self._places):
+            if any(place.died_loading for place in self._places):
                 raise ForkserverError(
                     "the forkserver died while it loaded the app and isolated_preload; "
                     "its own output says why",
@@ -154,17 +191,23 @@ class Launcher:
                 )
             left = deadline - time.monotonic()
             if left <= 0:
-                self._abort_loading()
+                for generation in self._current():
+                    if generation.loaded is None:
+                        generation.abort()
                 raise ForkserverError(
                     f"the forkserver has not loaded the app and isolated_preload within "
                     f"{timeout:g} s (isolated_boot_timeout); its own output says where it is",
                     {"address": self.address},
                 )
-            _wait(self.descriptors(), selectors.EVENT_READ, left)
-            self.check()
+            wait(
+                self.descriptors(),
+                selectors.EVENT_READ,
+                left if pause is None else min(left, pause),
+            )
+            pause = self.check()
 
     def check(self) -> float | None:
-        """Hear what the forkservers say; replace those that have died.
+        """Hear what the forkservers say; replace those that have died, or want to be replaced.
 
         Returns:
             In how many seconds to call again because a replacement has to wait; None if none has.
@@ -172,8 +215,42 @@ class Launcher:
         with self._lock:
             if self._stopped or self._owner != os.getpid():
                 return None
-            waits = [self._check_one(server) for server in self._servers]
+            waits = [self._check_place(place) for place in self._places]
+            self._retired = [one for one in self._retired if one.hear() or self._bury_retired(one)]
+            self._share_budget()
+            if self._end_stuck():
+                # Their ends are still to be seen.
+                waits.append(0.0)
+        self._flush()
         return min((wait for wait in waits if wait is not None), default=None)
+
+    def replace(self, reason: str, *, at_once: bool = False) -> float | None:
+        """Have all forkservers replaced. No call is lost: one serves until the next has loaded.
+
+        Args:
+            reason: For the log.
+            at_once: Not even that: no call from now on runs what is loaded now, and those that come
+                wait for what is loaded next.
+
+        Returns:
+            As `check`.
+        """
+        with self._lock:
+            if self._stopped or self._owner != os.getpid():
+                return None
+            for place in self._places:
+                if place.current is None:
+                    continue
+                place.current.worn = reason
+                if not at_once:
+                    continue
+                logger.info("forkserver pid=%d is replaced: %s", place.current.pid, reason)
+                for generation in place.generations():
+                    self._retire(generation)
+                place.current = place.successor = None
+                # Whoever wants it so has mended, or thinks so, what a successor has failed of.
+                place.not_before = 0.0
+        return self.check()
 
     def stop(self) -> None:
         """Stop the forkservers, which ends their children, and remove everything."""
@@ -181,142 +258,219 @@ class Launcher:
             if self._stopped or self._owner != os.getpid():
                 return
             self._stopped = True
-            for server in self._servers:
-                server.hang_up()
-            for server in self._servers:
-                _wait_or_kill(server.pid)
-                server.pid = 0
+            generations = self._generations()
+            for generation in generations:
+                self._hang_up(generation)
+            for generation in generations:
+                generation.wait_or_kill()
+            self._places, self._retired = [], []
             if self._listener is not None:
                 self._listener.close()
             if self._directory:
                 shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _abort_loading(self) -> None:
-        """Have the forkservers that still load write on stderr where they are, and end."""
-        for server in self._servers:
-            if server.loaded is None and server.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(server.pid, signal.SIGABRT)
-                # Until it is gone: what follows here would cut it short.
-                _wait(self.descriptors(), selectors.EVENT_READ, STOP_TIMEOUT)
+    def stop_call(self, stop: Stop) -> None:
+        """Have a call stopped, whichever process it was made by.
 
-    # ── one forkserver ──────────────────────────────────────────────────────────────────────────
+        The forkservers tell the requesters of their children. Never waits: it may be called by a
+        signal handler, in gevent's hub too.
+        """
+        # In this order: one that is started meanwhile is told by `_launch`, or here, or twice.
+        self._stops.append(stop)
+        for generation in self._generations():
+            generation.outbox.append(stop)
+        self._flush()
 
-    def _launch(self, server: _Server) -> None:
+    def _flush(self) -> None:
+        """Send what there is to be sent, from whichever thread comes first.
+
+        Who finds another one at it, or a signal handler that has interrupted itself, leaves it to
+        that one, which looks again when it has let go.
+        """
+        while self._sending.acquire(blocking=False):
+            try:
+                for generation in self._generations():
+                    generation.flush()
+            finally:
+                self._sending.release()
+            if not any(generation.can_send for generation in self._generations()):
+                break
+        if any(generation.has_backlog for generation in self._generations()):
+            self.on_backlog()
+
+    # ── generations ─────────────────────────────────────────────────────────────────────────────
+
+    def _current(self) -> list[Generation]:
+        return [place.current for place in self._places if place.current is not None]
+
+    def _generations(self) -> list[Generation]:
+        return [*(one for place in self._places for one in place.generations()), *self._retired]
+
+    def _launch(self, *, beside: Generation | None = None) -> Generation:
         assert self._listener is not None
-        ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as if_it_fails, theirs:
-            channel = Channel(ours, protocol.STATUS_LIMITS)
-            if_it_fails.callback(channel.close)
-            lifeline = Lifeline()
-            if_it_fails.callback(lifeline.close)
-            passed = (self._listener.fileno(), theirs.fileno(), lifeline.reader)
-            # posix_spawn closes nothing by itself: what is inheritable is inherited. The forkserver
-            # closes the rest as its second act.
-            with _inheritable(passed):
-                command = system.interpreter("isolated_tasks.process.forkserver")
-                arguments = [*command, *(str(descriptor) for descriptor in passed)]
-                server.pid = os.posix_spawn(command[0], arguments, _environment())
-            if_it_fails.pop_all()
-        lifeline.close_reader()
-        server.channel, server.lifeline, server.loaded = channel, lifeline, None
-        with contextlib.suppress(OSError):
-            channel.send(self._boot())
-            while channel.wants_write:
-                _wait([channel.fileno()], selectors.EVENT_WRITE, SEND_TIMEOUT)
-                channel.flush()
-        logger.debug("forkserver pid=%d started at %s", server.pid, self.address)
-        self.on_launch()
+        generation = Generation(self._listener, self._boot(shares=bool(beside or self._retired)))
+        logger.debug("forkserver pid=%d started at %s", generation.pid, self.address)
+        return generation
 
-    def _boot(self) -> Boot:
+    def _boot(self, *, shares: bool) -> Boot:
+        budget = self.plan.memory_budget_bytes
         return Boot(
             sys_path=[os.path.abspath(path) for path in sys.path],
             argv=list(sys.argv),
             python_path=os.environ.get("PYTHONPATH"),
             directory=self._directory,
             preload=list(self.plan.preload),
+            memory_budget_bytes=budget,
+            # All of it, until those before have told what they still need.
+            reserved_bytes=(budget or 0) if shares else 0,
+            max_starts=self.plan.max_starts,
             setup=self.plan.setup,
             setup_name=self.plan.setup_name,
             setup_argument=self.plan.setup_argument,
         )
 
-    def _check_one(self, server: _Server) -> float | None:
-        if server.channel is not None:
-            self._listen_to(server)
-        if server.channel is not None:
-            return None
-        wait = server.not_before - time.monotonic()
-        if wait > 0:
-            return wait
+    def _put(self, place: _Place, *, beside: Generation | None = None) -> float | None:
+        """Start one more; in how many seconds to try again if that fails."""
+        wait_seconds = place.not_before - time.monotonic()
+        if wait_seconds > 0:
+            return wait_seconds
+        if beside is not None:
+            logger.info("forkserver pid=%d is to be replaced: %s", beside.pid, beside.worn)
         try:
-            self._launch(server)
+            generation = self._launch(beside=beside)
         except OSError as exc:
             # The owner's event loop, which asks, must not end of it.
             logger.error("no forkserver can be started: %s; calls wait for it", exc)
-            return _postpone(server)
+            return place.postpone()
+        if beside is None:
+            place.current = generation
+        else:
+            place.successor = generation
+        generation.outbox.extend(self._stops)
+        self.on_launch()
         return None
 
-    def _listen_to(self, server: _Server) -> None:
-        channel = server.channel
-        assert channel is not None
-        try:
-            for message in channel.messages():
-                server.loaded = protocol.expect(message, Loaded)
-                server.failures = 0
-                _log_loaded(server.loaded)
-        except (OSError, ProtocolError) as exc:
-            logger.error("forkserver pid=%d sent nonsense: %s", server.pid, exc)
-            channel.close()
-        if channel.at_eof:
-            self._bury(server)
+    def _check_place(self, place: _Place) -> float | None:
+        self._hear(place)
+        if place.successor is not None and place.successor.loaded is not None:
+            if place.current is not None and place.successor.failed - place.current.failed:
+                return self._turn_down(place, place.successor)
+            if place.current is not None:
+                self._retire(place.current)
+            place.current, place.successor = place.successor, None
+        if place.current is None:
+            # It may still be loading: calls wait for it, as for any other one.
+            place.current, place.successor = place.successor, None
+        if place.current is None:
+            return self._put(place)
+        if place.current.worn is None or place.successor is not None:
+            return None
+        return self._put(place, beside=place.current)
 
-    def _bury(self, server: _Server) -> None:
-        server.hang_up()
-        exit_code = _wait_or_kill(server.pid)
-        if server.loaded is None:
-            _postpone(server)
+    def _end_stuck(self) -> bool:
+        """End those that do not answer: stopped, swapped out for good, caught in a lock.
+
+        Returns:
+            Whether there was any; the next `check` sees its end.
+        """
+        found = False
+        # What they have said has been read: it may be this process that was not there to listen.
+        for generation in self._generations():
+            if not generation.is_stuck(self.plan.patience, self.plan.boot_timeout):
+                continue
+            found = True
+            if generation.loaded is None:
+                logger.error(
+                    "forkserver pid=%d has not loaded within %g s; its own output says where it is",
+                    generation.pid,
+                    self.plan.boot_timeout,
+                )
+                generation.abort()
+            else:
+                logger.error(
+                    "forkserver pid=%d has not answered for %g s, and is killed",
+                    generation.pid,
+                    self.plan.patience,
+                )
+                generation.kill()
+        return found
+
+    def _hear(self, place: _Place) -> None:
+        for generation in place.generations():
+            was_worn = generation.worn
+            is_there = generation.hear()
+            if generation.loaded is not None:
+                place.died_loading = False
+                if not self._told_of_limits:
+                    self._told_of_limits = True
+                    logger.info("memory limits: %s", generation.loaded.memory_limits)
+            if is_there:
+                if generation.worn and not was_worn:
+                    place.note_end(generation)
+                continue
+            self._bury(place, generation)
+            if generation is place.successor:
+                place.successor = None
+            else:
+                place.current = None
+
+    def _bury(self, place: _Place, generation: Generation) -> None:
+        self._hang_up(generation)
+        exit_code = generation.wait_or_kill()
+        place.note_end(generation)
         logger.error(
-            "forkserver pid=%d %s while it was %s; calls under way carry on, new ones wait for the "
-            "next forkserver",
-            server.pid,
+            "forkserver pid=%d %s while it was %s; %s",
+            generation.pid,
             system.describe_exit(exit_code),
-            "loading" if server.loaded is None else "serving",
+            "loading" if generation.loaded is None else "serving",
+            "the one that it was to replace goes on"
+            if generation is place.successor
+            else "calls under way carry on, new ones wait for the next forkserver",
         )
-        server.pid, server.loaded = 0, None
+
+    def _turn_down(self, place: _Place, successor: Generation) -> float:
+        """Keep what works: what replaces it has failed to load a part of it."""
+        logger.error(
+            "forkserver pid=%d has failed to load %s, so the one that it was to replace goes on",
+            successor.pid,
+            " and ".join(sorted(successor.failed)),
+        )
+        # Not stopped: it may have taken calls meanwhile, and would remove the socket of all.
+        self._retire(successor)
+        place.successor = None
+        return place.postpone()
+
+    def _hang_up(self, generation: Generation) -> None:
+        # Not while another thread sends by it: what is closed under its hands could be somebody
+        # else's socket a moment later. It does not wait as it sends, so neither does this.
+        with self._sending:
+            generation.hang_up()
+
+    def _retire(self, generation: Generation) -> None:
+        generation.retire()
+        self._retired.append(generation)
+
+    def _bury_retired(self, generation: Generation) -> bool:
+        self._hang_up(generation)
+        generation.wait_or_kill()
+        logger.info("forkserver pid=%d, which was replaced, has ended", generation.pid)
+        return False
+
+    def _share_budget(self) -> None:
+        """Have those that start children leave to those that do not what they still need."""
+        if self.plan.memory_budget_bytes is None:
+            return
+        held = [generation.held_bytes for generation in self._retired]
+        if any(one is None for one in held):
+            return
+        for generation in self._current():
+            if generation.loaded is not None:
+                generation.reserve(sum(one or 0 for one in held))
 
     def abandon(self) -> None:
         """Close the listening socket, in a fork of this process: it is not a launcher."""
         if self._listener is not None and (descriptor := self._listener.detach()) >= 0:
             os.close(descriptor)
-
-
-def _postpone(server: _Server) -> float:
-    server.failures += 1
-    # No more than 10 doublings: after a night of failures the power would not fit a float.
-    delay = min(LAST_DELAY, FIRST_DELAY * 2.0 ** min(server.failures - 1, 10))
-    server.not_before = time.monotonic() + delay
-    return delay
-
-
-def _environment() -> dict[str, str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in _UNWANTED_VARIABLES
-    }
-    # What `-m` needs to find this package as this process found it. `preload.adopt` puts the
-    # variable back before anything is loaded.
-    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-    return environment
-
-
-@contextlib.contextmanager
-def _inheritable(descriptors: Sequence[int]) -> Iterator[None]:
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, True)
-    try:
-        yield
-    finally:
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
 
 
 def _private_directory() -> str:
@@ -325,69 +479,3 @@ def _private_directory() -> str:
     return tempfile.mkdtemp(
         prefix="isolated_tasks-", dir=parent if len(os.fsencode(parent)) < 60 else "/tmp"
     )
-
-
-def _wait(descriptors: Sequence[int], event: int, timeout: float) -> None:
-    """Wait for one of these, in the way of whatever runs this process: gevent, eventlet, nobody."""
-    with selectors.DefaultSelector() as selector:
-        for descriptor in descriptors:
-            selector.register(descriptor, event)
-        selector.select(timeout)
-
-
-def _wait_or_kill(pid: int) -> int | None:
-    """Wait for a forkserver that was told to stop; its exit code, None where nobody can tell."""
-    if not pid:
-        return None
-    deadline = time.monotonic() + STOP_TIMEOUT
-    pidfd = system.open_pidfd(pid)
-    try:
-        if pidfd is not None:
-            # Readable when the process has ended.
-            _wait([pidfd], selectors.EVENT_READ, STOP_TIMEOUT)
-        while True:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() >= deadline:
-                os.kill(pid, signal.SIGKILL)
-                deadline = float("inf")
-            time.sleep(0.01)
-    except ChildProcessError:
-        # Somebody else reaps all children of this process: an event loop's child watcher.
-        return None
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
-
-
-def _log_loaded(loaded: Loaded) -> None:
-    logger.info(
-        "forkserver pid=%d loaded %s in %.2f s, RSS %.0f MiB",
-        loaded.pid,
-        ", ".join(entry["name"] for entry in loaded.entries) or "nothing",
-        loaded.seconds,
-        loaded.rss_bytes / 2**20,
-    )
-    for values in loaded.entries:
-        entry = preload.Entry(**values)
-        if entry.error is not None:
-            logger.error(
-                "forkserver pid=%d failed to load %s:\n%s", loaded.pid, entry.name, entry.error
-            )
-        if entry.threads:
-            logger.warning(
-                "forkserver pid=%d: loading %s left %d thread(s) running (%s), which no child "
-                "will have; start them in the body, or use start_method='spawn'",
-                loaded.pid,
-                entry.name,
-                len(entry.threads),
-                ", ".join(entry.threads),
-            )
-        if entry.cuda:
-            logger.warning(
-                "forkserver pid=%d: loading %s initialised CUDA, which does not work in a fork; "
-                "initialise it in the body, or use start_method='spawn'",
-                loaded.pid,
-                entry.name,
-            )
