@@ -5,9 +5,14 @@
     IsolationError            the root
     ├── OptionError           an option or a setting has a value that cannot be used (a ValueError)
     ├── UnpicklableError      an argument, a result or an exception cannot be pickled
-    ├── ForkserverError       no child could be started
+    ├── ForkserverError       no child could be started, or none has begun in time
     ├── ChildLostError        a child exited without an outcome
     ├── OutOfMemoryError      the body raised a MemoryError
+    │   ├── SoftMemoryLimitExceeded   … because of its soft_memory_limit
+    │   └── MemoryLimitExceeded       it held more than its memory_limit, and was killed
+    ├── CPUTimeLimitExceeded  it used more CPU time than its cpu_time_limit, and was killed
+    ├── OpenFilesLimitExceeded  it had as many files open as its max_open_files
+    ├── ResultTooLargeError   a result has more bytes than max_result_bytes
     ├── RemoteError           stands for an exception of the body that cannot leave its process
     └── ProtocolError         a peer sent bytes that are not a message
 
@@ -15,6 +20,7 @@ Each takes a message and a mapping of plain data, and shows the data as attribut
 in ``args``, so that an error arrives whole through pickle and through Celery's JSON results, which
 rebuild an exception as ``cls(*args)``.
 
+A hard time limit is Celery's own ``TimeLimitExceeded``, a soft one its ``SoftTimeLimitExceeded``.
 None of these is a ``MemoryError``, a ``WorkerLostError`` or a ``Terminated``: Celery takes the
 first for the end of the worker, reports the second twice, and turns the third into ``REVOKED``.
 """
@@ -25,13 +31,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 __all__ = [
+    "CPUTimeLimitExceeded",
     "ChildLostError",
     "ForkserverError",
     "IsolationError",
+    "MemoryLimitExceeded",
+    "OpenFilesLimitExceeded",
     "OptionError",
     "OutOfMemoryError",
     "ProtocolError",
     "RemoteError",
+    "ResultTooLargeError",
+    "SoftMemoryLimitExceeded",
     "UnpicklableError",
 ]
 
@@ -93,46 +104,70 @@ class ForkserverError(IsolationError):
     up within ``isolated_start_timeout`` seconds.
     """
 
-    fields = ("address", "errno")
+    fields = ("address", "errno", "pid")
 
     #: The socket that was tried.
     address: str | None
     #: The system's error number, where there was one.
     errno: int | None
+    #: The child that was too late; None where there was none, or its number never became known.
+    pid: int | None
 
 
-class ChildLostError(IsolationError):
-    """A child exited without an outcome: it crashed, was killed, or ended itself."""
-
-    fields = (
-        "task",
-        "pid",
-        "exit_code",
-        "signal",
-        "started",
-        "peak_rss_bytes",
-        "user_seconds",
-        "system_seconds",
-        "crash_traceback",
-    )
+class _EndedChild:
+    """What there is to know of a child that has ended before its time."""
 
     #: The name of the task, or of the callable.
     task: str | None
+    #: The id of the message that it was called for; None for a direct call.
+    task_id: str | None
     #: The child's process id; None where it never became known.
     pid: int | None
     #: The exit code: a status of 0 or more, or minus the signal; None where nobody could tell.
     exit_code: int | None
     #: The signal by name (``"SIGSEGV"``); None where there was none.
     signal: str | None
-    #: Whether the body had begun.
+    #: Whether the body had begun, and not just what comes before it in a new process.
     started: bool
     #: The highest resident memory of the process, in bytes; None where unknown.
     peak_rss_bytes: int | None
     #: CPU time of the process and the children it waited for, in seconds; None where unknown.
     user_seconds: float | None
     system_seconds: float | None
-    #: What faulthandler wrote as the process crashed: the Python frames of every thread.
+    #: What faulthandler wrote as the process ended: the Python frames of every thread.
     crash_traceback: str
+    #: The last lines that the body wrote on stderr; empty where that is a terminal.
+    stderr: str
+
+
+_OF_ITS_END = tuple(_EndedChild.__annotations__)
+
+
+class ChildLostError(IsolationError, _EndedChild):
+    """A child exited without an outcome: it crashed, was killed, or ended itself."""
+
+    fields = (
+        *_OF_ITS_END,
+        "oom_killed",
+        "oom_evidence",
+        "memory_limit",
+        "last_bytes",
+        "redeliveries",
+        "history",
+    )
+
+    #: Whether the kernel's out-of-memory killer has killed it; None where nobody can tell.
+    oom_killed: bool | None
+    #: How that is known: which control group's count has risen, from what to what; else empty.
+    oom_evidence: str
+    #: Its ``memory_limit``, in bytes; None where it had none.
+    memory_limit: int | None
+    #: Memory of the process and its descendants when last seen, in bytes; None where nobody looked.
+    last_bytes: int | None
+    #: How often the message was given back to the broker before, with ``reject_on_worker_lost``.
+    redeliveries: int | None
+    #: How its children were lost before, in words, the first one first.
+    history: list[str] | None
 
 
 class OutOfMemoryError(IsolationError):
@@ -141,6 +176,67 @@ class OutOfMemoryError(IsolationError):
     It is the cause (``__cause__``) of this error, which Celery can report like any other. A bare
     ``MemoryError`` makes Celery stop the whole worker.
     """
+
+
+class SoftMemoryLimitExceeded(OutOfMemoryError):
+    """The body raised a ``MemoryError`` and did not handle it, and has a ``soft_memory_limit``."""
+
+    fields = ("task", "limit")
+
+    #: The name of the task.
+    task: str
+    #: The limit, in bytes.
+    limit: int
+
+
+class MemoryLimitExceeded(OutOfMemoryError, _EndedChild):
+    """The process and its descendants held more than ``memory_limit``, and were killed."""
+
+    fields = (*_OF_ITS_END, "limit", "peak")
+
+    #: The limit, in bytes.
+    limit: int
+    #: The most that was seen, in bytes; None where the kernel was faster than any look.
+    peak: int | None
+
+
+class CPUTimeLimitExceeded(IsolationError, _EndedChild):
+    """The process used more CPU time than ``cpu_time_limit`` and was killed by the kernel.
+
+    ``crash_traceback`` shows where it was.
+    """
+
+    fields = (*_OF_ITS_END, "limit")
+
+    #: The limit, in seconds.
+    limit: int
+
+
+class OpenFilesLimitExceeded(IsolationError):
+    """The body raised an ``OSError`` for want of descriptors, and has ``max_open_files``.
+
+    That error is the cause (``__cause__``).
+    """
+
+    fields = ("task", "limit")
+
+    #: The name of the task.
+    task: str
+    #: The limit, in descriptors.
+    limit: int
+
+
+class ResultTooLargeError(IsolationError):
+    """A result, or an exception, has more bytes than ``max_result_bytes``, and was not sent."""
+
+    fields = ("task", "size", "limit")
+
+    #: The name of the task.
+    task: str
+    #: How large it is, pickled or encoded, in bytes.
+    size: int
+    #: The limit, in bytes.
+    limit: int
 
 
 class RemoteError(IsolationError):

@@ -17,13 +17,34 @@ from celery import signals
 
 from isolated_tasks import body, settings
 from isolated_tasks.errors import ForkserverError
+from isolated_tasks.process import memory
 from isolated_tasks.process.children import Children
 from isolated_tasks.process.launcher import Launcher, Plan
+from isolated_tasks.process.protocol import Stop
 
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["address", "announce", "children", "is_worker", "new_launcher", "withdraw"]
+__all__ = [
+    "PROPERTY",
+    "address",
+    "announce",
+    "children",
+    "is_worker",
+    "memory_budget",
+    "new_launcher",
+    "stop_call",
+    "withdraw",
+]
+
+#: The name in ``request.properties`` of what the main process tells the slot.
+PROPERTY = "isolated_tasks"
+
+#: Of the memory that is available when the worker starts, what ``"auto"`` leaves to the worker.
+WORKER_SHARE = 0.1
+
+#: What a forkserver gets to answer at least, in seconds: a machine may be busy for a while.
+LEAST_PATIENCE = 10.0
 
 #: ``<pid of the main process>:<path of the socket>``. The pid tells a pool process of that worker
 #: from any other program that happens to be started below it and inherits the environment.
@@ -131,8 +152,39 @@ def new_launcher(app: Celery, *, hostname: str) -> Launcher:
             setup_name=title,
             setup_argument=argument,
             count=chosen.forkservers,
+            memory_budget_bytes=memory_budget(chosen.memory_budget),
+            max_starts=chosen.forkserver_max_calls,
+            # So that a call which waits for it is served by the next one in time.
+            patience=max(LEAST_PATIENCE, chosen.start_timeout / 3),
+            # `Launcher.wait_loaded` is to be the first to lose patience with one that boots.
+            boot_timeout=2 * chosen.boot_timeout,
         )
     )
+
+
+def memory_budget(chosen: int | str | None) -> int | None:
+    """What ``isolated_memory_budget`` comes to here and now, in bytes; None for no bound."""
+    if chosen == "auto":
+        return int(memory.available_bytes() * (1 - WORKER_SHARE))
+    assert not isinstance(chosen, str)
+    return chosen
+
+
+def stop_call(
+    app: Celery, call_id: str, signal: int, reason: str, *, keeps_outcome: bool = False
+) -> None:
+    """Have a call stopped, in whichever process of this worker it is; from the main process.
+
+    Args:
+        app: The worker's.
+        call_id: As `CallOptions` has it.
+        signal: What the body gets first.
+        reason: For the log.
+        keeps_outcome: Whether a call that has ended by then is none the worse for it.
+    """
+    launcher = _process.launchers.get(app)
+    if launcher is not None:
+        launcher.stop_call(Stop(call_id, signal, reason, keeps_outcome))
 
 
 @signals.worker_process_shutdown.connect

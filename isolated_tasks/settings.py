@@ -16,10 +16,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import kombu.exceptions
+import kombu.serialization
 from celery.app.defaults import NAMESPACES, Namespace, Option
+from celery.app.task import Task
 
 from isolated_tasks.errors import OptionError
-from isolated_tasks.process.options import ProcessOptions
+from isolated_tasks.process.options import (
+    MAX_INTEGER,
+    MIN_RESULT_BYTES,
+    CallOptions,
+    ProcessOptions,
+)
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -28,11 +36,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TASK_OPTIONS",
+    "MemoryStep",
     "WorkerSettings",
     "check_names",
     "check_settings",
+    "check_task",
     "is_isolated",
+    "memory_ladder",
     "process_options",
+    "result_codec",
+    "result_serializer",
     "worker_settings",
 ]
 
@@ -43,6 +56,14 @@ TASK_OPTIONS: dict[str, Any] = {
     "batch_size": 1,
     "batch_idle_timeout": 5.0,
     "batch_memory_limit": None,
+    "memory_limit": None,
+    "soft_memory_limit": None,
+    "cpu_time_limit": None,
+    "nice": None,
+    "max_open_files": None,
+    "keep_children": False,
+    "max_result_bytes": ProcessOptions.max_result_bytes,
+    "result_serializer": None,
     "start_method": "forkserver",
     "env": None,
 }
@@ -72,6 +93,9 @@ class WorkerSettings:
     preload: tuple[str, ...] = ()
     #: ``isolated_forkservers``: how many forkservers a worker has.
     forkservers: int = 1
+    #: ``isolated_forkserver_max_calls``: a forkserver that has started so many children is replaced
+    #: by a fresh one, without a pause; None for never.
+    forkserver_max_calls: int | None = None
     #: ``isolated_worker_process_init``: send Celery's ``worker_process_init`` and
     #: ``worker_process_shutdown`` in each child, as in each pool process.
     worker_process_init: bool = True
@@ -81,6 +105,23 @@ class WorkerSettings:
     boot_timeout: float = 120.0
     #: ``isolated_start_timeout``: a call may wait this long for its child, in seconds.
     start_timeout: float = 60.0
+    #: ``isolated_term_grace``: what a body that is told to end gets for it, in seconds.
+    term_grace: float = 5.0
+    #: ``isolated_memory_budget``: what the memory limits of all children of a worker may come to,
+    #: in bytes; ``"auto"`` for what there is; None for no bound.
+    memory_budget: int | str | None = None
+    #: ``isolated_max_redeliveries``: how often a message whose child was lost goes back to the
+    #: broker, where the task has ``acks_late`` and ``reject_on_worker_lost``.
+    max_redeliveries: int = 3
+
+
+@dataclass(frozen=True)
+class MemoryStep:
+    """One step of a task's ``memory_limit``."""
+
+    limit_bytes: int
+    #: Where the attempt with this limit is sent; None for where the one before was.
+    queue: str | None = None
 
 
 def _setting_of(option: str) -> str:
@@ -92,9 +133,16 @@ _COMMAND_LINE_TYPES = {
     "isolated_enabled": "bool",
     "isolated_batch_size": "int",
     "isolated_batch_idle_timeout": "float",
+    "isolated_cpu_time_limit": "int",
+    "isolated_nice": "int",
+    "isolated_max_open_files": "int",
+    "isolated_keep_children": "bool",
+    "isolated_term_grace": "float",
+    "isolated_max_redeliveries": "int",
     "isolated_worker_process_init": "bool",
     "isolated_eager": "bool",
     "isolated_forkservers": "int",
+    "isolated_forkserver_max_calls": "int",
     "isolated_boot_timeout": "float",
     "isolated_start_timeout": "float",
 }
@@ -130,16 +178,40 @@ def worker_settings(app: Celery) -> WorkerSettings:
     if not isinstance(preload, list | tuple) or not all(isinstance(n, str) for n in preload):
         raise _refusal(None, "isolated_preload", preload, "must be a list of module names")
     forkservers = _setting(app, "isolated_forkservers", default.forkservers)
-    if not isinstance(forkservers, int) or isinstance(forkservers, bool) or forkservers < 1:
-        raise _refusal(None, "isolated_forkservers", forkservers, "must be a whole number above 0")
+    max_calls = _setting(app, "isolated_forkserver_max_calls", default.forkserver_max_calls)
+    rule = "must be a whole number above 0"
+    if not _is_count(forkservers) or not forkservers:
+        raise _refusal(None, "isolated_forkservers", forkservers, rule)
+    if max_calls is not None and not (_is_count(max_calls) and max_calls):
+        raise _refusal(None, "isolated_forkserver_max_calls", max_calls, rule)
+    max_redeliveries = _setting(app, "isolated_max_redeliveries", default.max_redeliveries)
+    if not _is_count(max_redeliveries):
+        rule = "must be a whole number, 0 or more"
+        raise _refusal(None, "isolated_max_redeliveries", max_redeliveries, rule)
     return WorkerSettings(
         preload=tuple(preload),
         forkservers=forkservers,
+        forkserver_max_calls=max_calls,
         worker_process_init=_flag(app, "isolated_worker_process_init", default.worker_process_init),
         eager=_flag(app, "isolated_eager", default.eager),
         boot_timeout=_seconds(app, "isolated_boot_timeout", default.boot_timeout),
         start_timeout=_seconds(app, "isolated_start_timeout", default.start_timeout),
+        term_grace=_seconds(app, "isolated_term_grace", default.term_grace),
+        memory_budget=_memory_budget(app, forkservers),
+        max_redeliveries=max_redeliveries,
     )
+
+
+def _memory_budget(app: Celery, forkservers: int) -> int | str | None:
+    budget = _setting(app, "isolated_memory_budget", None)
+    if budget is None:
+        return None
+    if forkservers > 1:
+        rule = "each forkserver knows of its own children alone, so isolated_forkservers must be 1"
+        raise _refusal(None, "isolated_memory_budget", budget, rule)
+    if budget == "auto":
+        return "auto"
+    return _bytes(None, "isolated_memory_budget", budget, also=", or 'auto'")
 
 
 def check_settings(app: Celery) -> None:
@@ -173,6 +245,9 @@ def check_names(cls: type[Any]) -> None:
         for name, value in vars(base).items():
             if name in TASK_OPTIONS or name.startswith("_") or _is_code(value):
                 continue
+            if name in vars(Task):
+                # Celery's own, such as time_limit. (Asking for Task.app would bind it.)
+                continue
             option = name.removeprefix("isolated_")
             if option in TASK_OPTIONS:
                 hint = f", did you mean {option!r}?"
@@ -192,13 +267,64 @@ def is_isolated(task: IsolatedMixin) -> bool:
     return bool(_option(task, "isolated")) and not (task.name or "").startswith("celery.")
 
 
-def process_options(task: IsolatedMixin) -> ProcessOptions:
+def check_task(task: IsolatedMixin) -> None:
+    """Refuse options of a task that cannot be used, Celery's time limits among them.
+
+    Raises:
+        OptionError: There is one.
+    """
+    process_options(task)
+    CallOptions(
+        task.name,
+        soft_time_limit=getattr(task, "soft_time_limit", None) or None,
+        time_limit=getattr(task, "time_limit", None) or None,
+    )
+
+
+def memory_ladder(task: IsolatedMixin) -> tuple[MemoryStep, ...]:
+    """The steps of a task's ``memory_limit``; empty where it has none.
+
+    Raises:
+        OptionError: It is neither a size nor a sequence of rising ones.
+    """
+    value = _option(task, "memory_limit")
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        return (MemoryStep(_bytes(task.name, "memory_limit", value)),)
+    steps = tuple(_memory_step(task.name, value, step) for step in value)
+    limits = [step.limit_bytes for step in steps]
+    if not steps or limits != sorted(set(limits)):
+        raise _refusal(task.name, "memory_limit", value, "each step must be above the one before")
+    return steps
+
+
+def _memory_step(task: str, ladder: object, step: object) -> MemoryStep:
+    queue = None
+    if isinstance(step, list | tuple):
+        if len(step) != 2 or not isinstance(step[1], str) or not step[1]:
+            rule = "a step must be a size, or a pair of a size and the name of a queue"
+            raise _refusal(task, "memory_limit", ladder, rule)
+        step, queue = step
+    return MemoryStep(_bytes(task, "memory_limit", step, whole=ladder), queue)
+
+
+def process_options(task: IsolatedMixin, *, step: int = 0) -> ProcessOptions:
     """What the processes of a task are asked for.
+
+    Args:
+        task: Which.
+        step: Of its ``memory_limit``, where that is a ladder.
 
     Raises:
         OptionError: An option has a value that cannot be used.
     """
-    limit = _option(task, "batch_memory_limit")
+    ladder = memory_ladder(task)
+    hard = ladder[min(step, len(ladder) - 1)].limit_bytes if ladder else None
+    soft = _optional_bytes(task, "soft_memory_limit")
+    if soft is not None and hard is not None and soft > hard:
+        rule = f"is above memory_limit, {hard} bytes"
+        raise _refusal(task.name, "soft_memory_limit", _option(task, "soft_memory_limit"), rule)
     env = _option(task, "env")
     if env is not None and not isinstance(env, Mapping):
         raise _refusal(task.name, "env", env, "must map names of variables to strings")
@@ -207,12 +333,52 @@ def process_options(task: IsolatedMixin) -> ProcessOptions:
         start_method=_option(task, "start_method"),
         batch_size=_option(task, "batch_size"),
         batch_idle_timeout=_option(task, "batch_idle_timeout"),
-        batch_memory_limit_bytes=(
-            None if limit is None else _bytes(task.name, "batch_memory_limit", limit)
+        batch_memory_limit_bytes=_optional_bytes(task, "batch_memory_limit"),
+        memory_limit_bytes=hard,
+        soft_memory_limit_bytes=soft,
+        cpu_time_limit=_option(task, "cpu_time_limit"),
+        nice=_option(task, "nice"),
+        max_open_files=_option(task, "max_open_files"),
+        keep_children=_option(task, "keep_children"),
+        max_result_bytes=_bytes(
+            task.name, "max_result_bytes", _option(task, "max_result_bytes"), least=MIN_RESULT_BYTES
         ),
+        plain_outcomes=result_codec(task) is not None,
         env=dict(env or {}),
         start_timeout=_seconds(task.app, "isolated_start_timeout", WorkerSettings.start_timeout),
+        term_grace=_seconds(task.app, "isolated_term_grace", WorkerSettings.term_grace),
     )
+
+
+def result_serializer(task: IsolatedMixin) -> str | None:
+    """The name of the serializer by which a task's result comes from its child, if it has one."""
+    name: str | None = _option(task, "result_serializer")
+    return name
+
+
+def result_codec(task: IsolatedMixin) -> tuple[str, str] | None:
+    """Content type and encoding of a task's ``result_serializer``; None where it has none.
+
+    Raises:
+        OptionError: Kombu has no serializer of that name, or it is the one that this replaces.
+    """
+    name = result_serializer(task)
+    if name is None:
+        return None
+    if name == "pickle":
+        rule = "results are pickled where it is None; it is for results that are not to be"
+        raise _refusal(task.name, "result_serializer", name, rule)
+    try:
+        content_type, encoding, _ = kombu.serialization.dumps(None, serializer=name)
+    except (kombu.exceptions.KombuError, TypeError, KeyError) as exc:
+        rule = f"must be the name of a serializer: {exc}"
+        raise _refusal(task.name, "result_serializer", name, rule) from exc
+    return content_type, encoding
+
+
+def _optional_bytes(task: IsolatedMixin, option: str) -> int | None:
+    value = _option(task, option)
+    return None if value is None else _bytes(task.name, option, value)
 
 
 def _option(task: IsolatedMixin, name: str) -> Any:
@@ -232,19 +398,38 @@ def _setting(app: Celery, name: str, default: Any) -> Any:
     return default
 
 
-def _bytes(task: str | None, option: str, value: object) -> int:
-    """A size: a number of bytes, or a string such as ``"1.5GiB"``, ``"512 MB"``."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+def _bytes(
+    task: str | None,
+    option: str,
+    value: object,
+    *,
+    whole: object = None,
+    also: str = "",
+    least: int = 1,
+) -> int:
+    """A size: a number of bytes, or a string such as ``"1.5GiB"``, ``"512 MB"``.
+
+    Args:
+        task: Whose option it is.
+        option: Its name.
+        value: What it says.
+        whole: What it is a part of, for the error.
+        also: What else may be said, for the error.
+        least: What it has to be.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_INTEGER:
         return value
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         unit = _UNITS.get(match[2].lower()) if match else None
-        size = int(float(match[1]) * unit) if match and unit else 0
-        if size > 0:
-            return size
-    raise _refusal(
-        task, option, value, "must be a number of bytes above 0, or a size such as '512MiB'"
-    )
+        size = float(match[1]) * unit if match and unit else 0
+        if least <= size <= MAX_INTEGER:
+            return int(size)
+    above = f"above {least - 1}" if least == 1 else f"from {least} on"
+    rule = f"must be a number of bytes {above}, or a size such as '512MiB'{also}"
+    if whole is not None:
+        rule = f"{value!r}: {rule}"
+    raise _refusal(task, option, value if whole is None else whole, rule)
 
 
 def _seconds(app: Celery, setting: str, default: float) -> float:
@@ -252,6 +437,10 @@ def _seconds(app: Celery, setting: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise _refusal(None, setting, value, "must be a number of seconds above 0")
     return float(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _flag(app: Celery, setting: str, default: bool) -> bool:

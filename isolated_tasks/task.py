@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 from celery import _state
-from celery.app.autoretry import add_autoretry_behaviour
 from celery.app.task import Context, Task
 from celery.backends.base import Backend
-from celery.canvas import signature
-from celery.exceptions import Reject, Retry
-from celery.result import result_from_tuple
+from celery.utils.imports import symbol_by_name
 
-from isolated_tasks import body, byvalue, context, requester, settings
-from isolated_tasks.errors import (
-    ChildLostError,
-    IsolationError,
-    OptionError,
-    OutOfMemoryError,
-    RemoteError,
-)
-from isolated_tasks.process import child, pickling
+from isolated_tasks import requester, settings
+from isolated_tasks.calls import MAPPERS, isolate
+from isolated_tasks.errors import OptionError
+from isolated_tasks.process import child
 from isolated_tasks.process.options import StartMethod
-from isolated_tasks.process.outcome import Failure, Outcome
+from isolated_tasks.process.outcome import Failure
 
 if TYPE_CHECKING:
     from celery import Celery
 
 __all__ = ["IsolatedMixin", "IsolatedTask"]
-
-#: Celery's tasks that call another task as a function, once for each item that they were sent.
-#: ``Task.chunks`` becomes a group of the second.
-_MAPPERS = frozenset({"celery.map", "celery.starmap"})
 
 #: Between Celery's code for errbacks and our decision: ``Signature.__call__``, and wrappers.
 _ERRBACK_DEPTH = 8
@@ -70,18 +55,45 @@ class IsolatedMixin:
     #: A batch process that holds more resident memory after a call is not used again: bytes, or a
     #: string such as ``"512MiB"``. Default: no limit.
     batch_memory_limit: int | str | None = None
+    #: The process and its descendants may hold this much memory: bytes, or a string such as
+    #: ``"2GiB"``. Beyond it they are killed, and the call fails with `MemoryLimitExceeded`. A
+    #: sequence of rising limits is a ladder: a call that was killed is retried by itself with the
+    #: next. A step may be a pair of a limit and the name of a queue, where that attempt is sent.
+    #: Default: no limit.
+    memory_limit: int | str | Sequence[Any] | None = None
+    #: Beyond this the body gets a ``MemoryError``: bytes, or a string. Default: no limit.
+    soft_memory_limit: int | str | None = None
+    #: CPU time of the process for one call, in whole seconds. Default: no limit.
+    cpu_time_limit: int | None = None
+    #: Added to the niceness of the process, 0 to 19. Default: 0.
+    nice: int | None = None
+    #: Descriptors that the process may have open during a call. Default: as many as the worker.
+    max_open_files: int | None = None
+    #: Processes that a body leaves, daemons say, live on when its own has exited. Default: False.
+    keep_children: bool | None = None
+    #: A result may have this many bytes, pickled; a larger one fails the call: bytes, or a string.
+    #: Default: 2 GiB.
+    max_result_bytes: int | str | None = None
+    #: The name of one of Celery's serializers, ``"json"`` say: then nothing that a body sends is
+    #: unpickled in the worker, and exceptions come as `RemoteError`. Default: results are pickled.
+    result_serializer: str | None = None
     #: ``"forkserver"``, a fork of the preloaded process, or ``"spawn"``, a fresh interpreter for
     #: every process. Default: ``"forkserver"``.
     start_method: StartMethod | None = None
     #: Variables to set in the environment of the process. Default: none.
     env: Mapping[str, str] | None = None
 
+    #: What the main process makes of a message.
+    Request: Any = "isolated_tasks.request:IsolatedRequest"
+
     if TYPE_CHECKING:
         name: str
         app: Celery
+        backend: Any
         request_stack: Any
         run: Callable[..., Any]
         retry: Callable[..., Exception]
+        signature_from_request: Callable[..., Any]
         acks_late: bool
         reject_on_worker_lost: bool
 
@@ -108,9 +120,11 @@ class IsolatedMixin:
         # By its name, and as often as one likes: it is a set.
         app.steps["worker"].add("isolated_tasks.worker:IsolationStep")
         _refuse_batches(cls)
+        if cls.Request != IsolatedMixin.Request:
+            cls.Request = _our_request(cls.Request)
         if cls.name:
             settings.check_names(cls)
-            settings.process_options(cls)  # type: ignore[arg-type]
+            settings.check_task(cls)  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task; see the class for where.
@@ -187,18 +201,18 @@ def _decide(
         # As Celery marks a request whose body has begun: what the body of another `self(...)`
         # sees is then a direct call.
         request._protected = 1
-        return _isolate(task, args, kwargs, stack=[(task, request)], directly=False)
+        return isolate(task, args, kwargs, stack=[(task, request)], directly=False)
     caller = _state.get_current_task()
     stack = [(caller, caller.request)] if caller is not None else []
-    if request is None and caller is not None and caller.name in _MAPPERS:
+    if request is None and caller is not None and caller.name in MAPPERS:
         if caller.request.is_eager and not settings.worker_settings(task.app).eager:
             return in_place(*args, **kwargs)
-        return _isolate(task, args, kwargs, stack=stack, directly=True)
+        return isolate(task, args, kwargs, stack=stack, directly=True)
     if requester.is_worker(task.app) and _is_errback(args):
         # With its cause and its traceback, which a pickled exception is without.
         request, exc, *others = args
         args = (request, Failure.of(exc), *others)
-        return _isolate(task, args, kwargs, stack=stack, directly=True)
+        return isolate(task, args, kwargs, stack=stack, directly=True)
     return in_place(*args, **kwargs)
 
 
@@ -229,6 +243,15 @@ def _is_errback(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def _our_request(own: Any) -> type:
+    """Somebody's own request class, with ours in front of it."""
+    # Here: a client has no use for a worker's modules.
+    from isolated_tasks.request import RequestMixin
+
+    cls: type = symbol_by_name(own)
+    return cls if issubclass(cls, RequestMixin) else type(cls.__name__, (RequestMixin, cls), {})
+
+
 def _refuse_batches(cls: type[IsolatedMixin]) -> None:
     if any(base.__module__.partition(".")[0] == "celery_batches" for base in cls.__mro__):
         raise OptionError(
@@ -237,191 +260,3 @@ def _refuse_batches(cls: type[IsolatedMixin]) -> None:
             "cannot be isolated; leave one of the two out",
             {"task": cls.name, "option": "base", "value": repr(cls.__bases__)},
         )
-
-
-# ── a call ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _isolate(
-    task: IsolatedMixin,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    stack: list[tuple[Any, Context]],
-    directly: bool,
-) -> Any:
-    owner, caller = stack[-1] if stack else (None, None)
-    task_id = caller.id if caller is not None else None
-    known = len(caller._children or ()) if caller is not None else 0
-    call = body.BodyCall(
-        task=task.name,
-        task_id=task_id,
-        args=args,
-        kwargs=kwargs,
-        stack=[body.StackEntry(one.name, _plain(request)) for one, request in stack],
-        directly=directly,
-        join_will_block=_state._task_join_will_block,
-        result_is_ignored=_is_ignored(owner, caller, directly=directly),
-        logs=body.current_logs(caller.hostname if caller is not None else None),
-        carried=context.capture(task, task_id),
-    )
-    try:
-        outcome = _run(task, call)
-    except MemoryError as exc:
-        no_room = OutOfMemoryError(f"task {task.name!r}: its result does not fit here")
-        no_room.__cause__ = exc
-        _fail(task, no_room, directly=directly)
-    except IsolationError as exc:
-        _fail(task, exc, directly=directly)
-    if caller is not None:
-        _take_over(task.app, caller, outcome.notes, known)
-    if outcome.failure is not None:
-        error = outcome.failure.exception()
-        if "retry" in outcome.notes and isinstance(error, Retry):
-            pickled, error.is_eager = outcome.notes["retry"]
-            error.sig = signature(pickle.loads(pickled), app=task.app) if pickled else None
-        _fail(task, _raisable(error), directly=directly)
-    return outcome.value
-
-
-def _is_ignored(owner: Any, request: Context | None, *, directly: bool) -> bool:
-    """Whether nobody stores the result: the request's word, where it has one, then the task's."""
-    if request is None or (directly and owner.name not in _MAPPERS):
-        # An errback's.
-        return True
-    said = vars(request).get("ignore_result")
-    return bool(owner.ignore_result if said is None else said)
-
-
-def _plain(request: Context) -> dict[str, Any]:
-    """A request as it is sent; results that it has launched so far as tuples."""
-    values = dict(vars(request))
-    if values.get("_children"):
-        values["_children"] = [result.as_tuple() for result in values["_children"]]
-    return values
-
-
-def _run(task: IsolatedMixin, call: body.BodyCall) -> Outcome:
-    options = settings.process_options(task)
-    children = requester.children()
-    address = functools.partial(requester.address, task.app)
-    known_by_value = byvalue.is_by_value(task)
-    pickled = _pickle(task, call, by_value=known_by_value)
-    outcome = children.call(pickled, options, address)
-    if isinstance(outcome.value, body.UnknownTask) and not known_by_value:
-        # The forkserver's app has no such task: it was made after the import, by a function or
-        # under a condition. Nothing has run.
-        pickled = _pickle(task, call, by_value=True)
-        outcome = children.call(pickled, options, address)
-    if isinstance(outcome.value, body.UnknownTask):
-        raise task.app.tasks.NotRegistered(outcome.value.name)
-    return outcome
-
-
-def _pickle(task: IsolatedMixin, call: body.BodyCall, *, by_value: bool) -> pickling.Pickled:
-    pickler: pickling.PicklerFactory = cloudpickle.Pickler
-    if by_value:
-        call = dataclasses.replace(call, definitions=byvalue.definitions([task]))
-        pickler = byvalue.Pickler
-    try:
-        return pickling.dumps((body.run, (call,), {}), pickler=pickler)
-    except Exception as exc:
-        error = exc
-    for entry in call.stack:
-        _leave_out_unpicklable(entry.request, pickler)
-    try:
-        return pickling.dumps((body.run, (call,), {}), pickler=pickler)
-    except Exception:
-        raise pickling.refusal(
-            {"args": call.args, "kwargs": call.kwargs},
-            error,
-            task=task.name,
-            what="argument",
-            pickler=pickler,
-        ) from error
-
-
-def _leave_out_unpicklable(request: dict[str, Any], pickler: pickling.PicklerFactory) -> None:
-    """Drop what a hook or a library has put on the request for use in this process.
-
-    What came with the message is plain data. ``args`` and ``kwargs`` are the call's own, and what
-    is wrong with them is for the caller to hear.
-    """
-    for name in request.keys() - {"args", "kwargs"}:
-        try:
-            pickling.dumps(request[name], pickler=pickler)
-        except Exception:
-            del request[name]
-
-
-def _take_over(app: Celery, request: Context, notes: Mapping[str, Any], known: int) -> None:
-    """Note what the body has changed in its request where Celery, after the body, looks for it.
-
-    Celery stores ``request.children`` with the result, and it reads ``callbacks`` and ``chain``
-    after the body: one that empties them ends its chain.
-    """
-    for name, pickled in notes.get("request", {}).items():
-        setattr(request, name, pickle.loads(pickled))
-    children: Sequence[Any] = notes.get("children", ())
-    if len(children) > known:
-        request.children.extend(result_from_tuple(one, app) for one in children[known:])
-
-
-# ── failures ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _fail(task: IsolatedMixin, error: Exception, *, directly: bool) -> NoReturn:
-    """Raise what the call failed with, or retry or give back the call where the task says so."""
-    # A direct call has no message of its own to give back; `retry` raises the error there.
-    if isinstance(error, ChildLostError) and not directly:
-        if getattr(task, "retry_on_worker_lost", None):
-            # Celery 5.7's option; its `retry` raises the error itself after the last try.
-            raise task.retry(exc=error)
-        if task.acks_late and task.reject_on_worker_lost:
-            # What Celery does for a lost pool process: nothing is stored and nobody is called,
-            # and the broker delivers the message again.
-            raise Reject(error, requeue=True) from error
-    if isinstance(error, IsolationError) and _may_autoretry(task, error):
-        _Failing(task, error).run()
-    raise error
-
-
-def _may_autoretry(task: IsolatedMixin, error: IsolationError) -> bool:
-    """Whether ``autoretry_for`` is still to be asked.
-
-    It wraps the body, in the child, and has not seen what failed outside. What stands for an
-    exception of the body it has seen, so then only a class of ours is meant.
-    """
-    if not isinstance(error, OutOfMemoryError | RemoteError):
-        return True
-    return any(issubclass(cls, IsolationError) for cls in getattr(task, "autoretry_for", ()))
-
-
-class _Failing:
-    """A task whose body fails: Celery's own code for ``autoretry_for`` wraps its ``run``."""
-
-    def __init__(self, task: IsolatedMixin, error: Exception) -> None:
-        self._task = task
-        self._error = error
-        add_autoretry_behaviour(self)
-
-    def run(self) -> NoReturn:
-        raise self._error
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_orig_run":  # what tells that it is wrapped already
-            raise AttributeError(name)
-        return getattr(self._task, name)
-
-
-def _raisable(exc: BaseException) -> Exception:
-    """The body's exception, or an error of ours where Celery would take it for something else."""
-    if isinstance(exc, MemoryError):
-        error: Exception = OutOfMemoryError(f"the body ran out of memory: {exc!r}")
-        error.__cause__ = exc
-        return error.with_traceback(exc.__traceback__)
-    if not isinstance(exc, Exception):
-        name = f"{type(exc).__module__}.{type(exc).__qualname__}"
-        error = RemoteError(f"the body raised {exc!r}", {"type_name": name, "text": str(exc)})
-        return error.with_traceback(exc.__traceback__)
-    return exc
