@@ -176,10 +176,10 @@ class Children:
             return
         self._breaker.failed(str(error), is_stillborn=isinstance(error, NotBegunError))
         logger.warning(
-            "task %r: %s; the next one is tried in %.2g s",
+            "the next child for task %r is tried in %.2g s: %s",
             attempts.name,
-            error,
             self._breaker.pause,
+            error,
         )
         is_lasting = self._breaker.is_open and not isinstance(error, ForkserverError)
         if is_lasting or attempts.seconds_left < 0:
@@ -330,9 +330,9 @@ class _Attempts:
         if child is None or child.pid is None:
             return ForkserverError(
                 f"task {self.name!r}: no child could be started within {self._timeout:g} s "
-                f"(isolated_start_timeout). {breaker.failures} in a row have failed, the last "
-                f"one: {breaker.reason or 'its forkserver went'}; the next one is tried in "
-                f"{breaker.pause:.2g} s",
+                f"(isolated_start_timeout). {breaker.failures} in a row have failed; the next one "
+                f"is tried in {breaker.pause:.2g} s. The last one: "
+                f"{breaker.reason or 'its forkserver went'}",
                 {name: getattr(cause, name, None) for name in ForkserverError.fields},
             )
         return verdicts.stillborn(child.facts(), breaker.failures, breaker.reason, breaker.pause)

@@ -155,8 +155,8 @@ def stillborn(facts: Facts, failures: int, reason: str, pause: float) -> ChildLo
     """Several children in a row have gone before they accepted the call; this is the last."""
     return ChildLostError(
         _message(
-            f"{facts.title}: {failures} children in a row went before they had begun a body, the "
-            f"last one: {reason}; the next one is tried in {pause:.2g} s",
+            f"{facts.title}: {failures} children in a row went before they had begun a body; the "
+            f"next one is tried in {pause:.2g} s. The last one: {reason.rstrip('.')}",
             "Look at what runs before any body: isolated_preload, hooks of fork "
             "(os.register_at_fork), with start_method='spawn' the app's import",
             facts,
