@@ -3,7 +3,8 @@
 #   PYTHON=python3.12   the interpreter
 #   CELERY=5.5.0        this very version of Celery instead of the newest
 #   TESTS=tests/unit    these tests instead of all
-#   ARGS=…              further options: of pytest for test, of the example for demo
+#   ARGS=…              further options: of pytest for test, of the program for the others
+#   SECONDS=60 SEED=1   how long soak takes, and what it draws from
 #
 # Each combination of PYTHON and CELERY has a virtual environment of its own.
 
@@ -11,6 +12,8 @@ PYTHON ?= python3
 CELERY ?=
 TESTS ?=
 ARGS ?=
+SECONDS ?= 3600
+SEED ?=
 
 VENV := .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))$(addprefix -celery,$(CELERY))
 BIN := $(VENV)/bin
@@ -23,10 +26,10 @@ MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format coverage matrix clean
+.PHONY: help demo test faults lint format coverage matrix interleavings bench-limits fuzz soak clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 demo: $(VENV)/.examples-installed  ## measure a plain worker beside an isolated one, and plot both
 	@mkdir -p build/demo
@@ -34,7 +37,10 @@ demo: $(VENV)/.examples-installed  ## measure a plain worker beside an isolated 
 	@echo "The plot is here:"; ls -1 "$(CURDIR)"/build/demo/*.png "$(CURDIR)"/build/demo/*.svg
 
 test: lint  ## check the code, then run all tests on the installed wheel
-	$(BIN)/pytest $(TESTS) $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TESTS) $(ARGS)
+
+faults: $(VENV)/.test-installed  ## run all tests of faults, with what takes long or much memory
+	FULL_FAULTS=1 $(BIN)/pytest -m fault --timeout 900 -o faulthandler_timeout=890 $(TESTS) $(ARGS)
 
 lint: $(VENV)/.test-installed  ## check style, format and types
 	$(BIN)/ruff check $(CODE)
@@ -50,6 +56,19 @@ coverage: $(VENV)/.test-installed  ## run the tests and tell which lines they mi
 	$(BIN)/coverage run $(BIN)/pytest $(TESTS) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+interleavings: $(VENV)/.test-installed  ## kill each process before every single step of a call
+	EVERY_STEP=1 $(BIN)/pytest -rP tests/interleavings $(ARGS)
+
+bench-limits: $(VENV)/.test-installed  ## measure how exactly time and memory limits are kept
+	$(BIN)/python tests/benchmarks/limits.py $(ARGS)
+
+fuzz: $(VENV)/.fuzz-installed  ## send 10 million inputs through the frame reader
+	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/frames.py $(ARGS)
+
+soak: $(VENV)/.test-installed  ## an hour of calls while processes are killed at random
+	PYTHONPATH=tests/support:tests/chaos $(BIN)/python -m soak --output build/soak \
+	    --seconds $(SECONDS) --warm-up 30 $(addprefix --seed ,$(SEED)) $(ARGS)
 
 # A pyenv that has not made a version global has a shim for it that fails; then its own path is used.
 matrix:  ## run the tests (TESTS=tests/contract: these) on each Python and Celery

@@ -1,10 +1,11 @@
-"""The servers that tests use, one of each for the whole run."""
+"""The servers that tests use, one of each for the whole run, and the report of a failure."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from harness.services import ServiceMissing, find_amqp, redis_service, require
+from harness.workplace import show_logs
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,13 @@ def amqp_url() -> str:
         return find_amqp()
     except ServiceMissing as missing:
         require(missing)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the logs of the workers with the failure of a test."""
+    report = yield
+    show_logs(item, report)
+    return report

@@ -1,6 +1,7 @@
 """Each row of the table, in a plain and in an isolated worker."""
 
-from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,10 @@ from contract.running import Running, run
 from contract.side import Side
 from contract.table import all_rows
 from harness.worker import pool_arguments
+from harness.workplace import Workplace
+
+#: Where the workers find the modules of this suite.
+HERE = Path(__file__).parent
 
 #: By pool and broker. Not a fixture's parameter: pytest would group by the row as well.
 Runs = dict[tuple[str, str], Running | Exception]
@@ -29,22 +34,17 @@ def running(
     """Both workers of the pool and the broker that the test's parameter names, all rows done."""
     pool, broker = combination
     pool_arguments(pool)  # skips before anything is started
-    service: Callable[[str], str] = request.getfixturevalue
     if combination not in runs:
-        plain, isolated = (
-            Side(
-                name,
-                pool=pool,
-                broker=broker,
-                broker_url=service(f"{broker}_url"),
-                redis_url=service("redis_url"),
-                folder=tmp_path_factory.mktemp(name),
-            )
-            for name in ("plain", "isolated")
-        )
         rows = [row for row in all_rows() if row.runs_in(pool, broker)]
         try:
-            runs[combination] = run(plain, isolated, rows)
+            with ExitStack() as cleanup:
+
+                def side(name: str) -> Side:
+                    workplace = Workplace(request, tmp_path_factory.mktemp(name), apps=HERE)
+                    cleanup.callback(workplace.close)
+                    return Side(name, pool=pool, broker=broker, workplace=workplace)
+
+                runs[combination] = run(side("plain"), side("isolated"), rows)
         except Exception as exc:
             runs[combination] = exc
     done = runs[combination]

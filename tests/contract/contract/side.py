@@ -1,15 +1,11 @@
 """One worker that all rows are sent to: plain, or isolated."""
 
-import os
-import shutil
-import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery, _state
@@ -18,12 +14,8 @@ from kombu import Queue
 from contract import recorder, table
 from contract.features import reports_all
 from contract.table import Row
-from harness.app import Settings, close_app
-from harness.services import delete_amqp_entities, delete_redis_keys
-from harness.worker import Worker, pool_arguments, start_worker
-
-HERE = Path(__file__).parent.parent
-SUPPORT = HERE.parent / "support"
+from harness.worker import Worker
+from harness.workplace import Workplace
 
 TASK_CLASSES = {"plain": "celery:Task", "isolated": "isolated_tasks:IsolatedTask"}
 
@@ -112,36 +104,19 @@ class Side:
         name: "plain" or "isolated".
         pool: one of the harness's.
         broker: "redis" or "amqp".
-        broker_url: where it is.
-        redis_url: of the result backend.
-        folder: where the worker runs.
+        workplace: where the worker runs, and nothing else does; whoever has made it closes it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        pool: str,
-        broker: str,
-        broker_url: str,
-        redis_url: str,
-        folder: Path,
-    ) -> None:
+    def __init__(self, name: str, *, pool: str, broker: str, workplace: Workplace) -> None:
         self.name = name
         self.pool = pool
-        self.record = folder / "record"
+        self.record = workplace.folder / "record"
         self._broker = broker
-        self._folder = folder
-        self._cleanup = ExitStack()
-        self.queue = f"contract-{os.urandom(6).hex()}"
-        _, pool_conf = pool_arguments(pool)
-        self.settings = Settings(
-            broker_url=broker_url,
-            result_backend=redis_url,
-            name=self.queue,
-            conf={**contract_conf(self.queue), **pool_conf},
-        )
-        self.queues = [self.queue, f"{self.queue}-other"]
+        self._workplace = workplace
+        self.queue = workplace.name
+        self.queues = workplace.queues
+        self.queues.append(f"{self.queue}-other")
+        self._conf = contract_conf(self.queue)
         self.app = self._make_client()
         self.events = Events(self.app)
         self.worker: Worker
@@ -160,48 +135,32 @@ class Side:
         self.unsettled: str = ""
 
     def _make_client(self) -> Celery:
+        settings = self._workplace.settings(pool=self.pool, broker=self._broker, conf=self._conf)
         task_cls = TASK_CLASSES[self.name]
-        app = table.make_contract_app("client", self.settings, task_cls=task_cls, current=False)
+        app = table.make_contract_app("client", settings, task_cls=task_cls, current=False)
         app.conf.include = []
-        self._cleanup.callback(delete_redis_keys, self.settings.result_backend, self.queue)
-        if self._broker == "amqp":
-            self._cleanup.callback(self._clear_amqp)
-        self._cleanup.callback(close_app, app)
+        self._workplace.adopt(app)
         return app
-
-    def _clear_amqp(self) -> None:
-        for queue in self.queues:
-            delete_amqp_entities(
-                self.settings.broker_url,
-                queue=queue,
-                exchanges=[queue, *self.settings.exchanges],
-            )
 
     def start(self) -> None:
         """Start the worker, which may not be ready yet."""
-        # Not in `folder`, whose name is long: the path of a Unix socket may have 107 bytes.
-        temporary = tempfile.mkdtemp(prefix="it-")
-        self._cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
-        self.worker = start_worker(
+        self.worker = self._workplace.start(
             "contract.app",
             pool=self.pool,
             concurrency=1 if self.pool == "solo" else CONCURRENCY,
+            broker=self._broker,
+            conf=self._conf,
             app=self.app,
             env={
-                **self.settings.environ(),
-                "TMPDIR": temporary,
                 "CONTRACT_RECORD": str(self.record),
                 "CONTRACT_TASK_CLS": TASK_CLASSES[self.name],
             },
-            path=[HERE, SUPPORT],
-            cwd=self._folder,
             args=["-E", "-Q", ",".join(self.queues)],
+            ready=False,
         )
-        self._cleanup.callback(self._close_worker)
 
     def wait_until_ready(self) -> None:
         self.events.start()
-        self._cleanup.callback(self.events.stop)
         self.worker.wait_until_ready()
 
     # ── rows ────────────────────────────────────────────────────────────────────────────────────
@@ -324,7 +283,7 @@ class Side:
     def stop(self) -> None:
         """Stop the worker, and receive the last that it had to say."""
         self.exit_code = self.worker.stop()
-        self.leaked = self.worker.close()
+        self.leaked = self._workplace.stop()
         self.events.stop()
         with self.app.connection_for_read() as connection, connection.channel() as channel:
             for name in self.queues:
@@ -332,9 +291,6 @@ class Side:
                 while (message := queue.get(no_ack=True)) is not None:
                     self.left.append(message.headers["id"])
 
-    def _close_worker(self) -> None:
-        if self.exit_code is None:
-            self.worker.close()
-
     def close(self) -> None:
-        self._cleanup.close()
+        """Hear no more events; the rest is for whoever has opened the workplace."""
+        self.events.stop()

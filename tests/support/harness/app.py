@@ -91,9 +91,10 @@ def close_app(app: Celery) -> None:
     """Close every connection of a client app, so that none is left to the garbage collector."""
     backend = app.backend
     consumer = getattr(backend, "result_consumer", None)
-    if consumer is not None:
+    # That of rpc fails if it has not begun, as where nobody has waited for a result.
+    if consumer is not None and getattr(consumer, "_consumer", consumer) is not None:
         consumer.stop()
     client = backend.__dict__.get("client")  # a cached property: there only if it was used
-    if client is not None:
+    if hasattr(client, "close"):  # that of Celery's cache in memory has nothing to close
         client.close()
     app.close()

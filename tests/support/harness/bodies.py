@@ -4,12 +4,15 @@ Functions are pickled by reference, so they stand in a module that the forkserve
 imported by forkservers, children and their own pools, so it imports as little as it can.
 """
 
+import _thread
 import atexit
 import ctypes
+import errno
 import fcntl
 import gc
 import importlib
 import json
+import locale
 import os
 import random
 import resource
@@ -40,10 +43,29 @@ def report(mailbox: str, *values: object) -> None:
         file.write(json.dumps(values) + "\n")
 
 
+def call_by_name(module: str, function: str) -> Any:
+    """What a function returns that the caller cannot import, or has another one of."""
+    return getattr(importlib.import_module(module), function)()
+
+
 def append(path: str, line: object) -> int:
     """Leave a trace of this run, in one write."""
     with open(path, "a") as file:
         file.write(f"{line}\n")
+    return os.getpid()
+
+
+def append_and_leave_a_process(path: str, line: object) -> int:
+    """Leave a trace, and a process in a session of its own, which leaves its pid beside it."""
+    append(path, line)
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        append(f"{path}.left", os.getpid())
+        os.write(writer, b"x")
+        _pause()
+    os.close(writer)
+    os.read(reader, 1)  # until it has left our group, which will be killed, or is gone
     return os.getpid()
 
 
@@ -117,6 +139,64 @@ def abort() -> NoReturn:
     os.abort()
 
 
+def free_twice() -> None:
+    """What glibc ends a process for, and says so."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    block = libc.malloc(64)
+    libc.free(block)
+    libc.free(block)
+
+
+def spin_for_ever() -> NoReturn:
+    while True:
+        pass
+
+
+def hold_and_wait(size: int) -> NoReturn:
+    hold(size)
+    _pause()
+
+
+# ── stderr ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_stderr(text: str) -> None:
+    """Write on stderr as a library in C does, without Python's."""
+    data = text.encode(errors="surrogateescape")
+    while data:
+        data = data[os.write(2, data) :]
+
+
+def say_and_end(text: str, how: str) -> str:
+    write_stderr(text)
+    if how == "abort":
+        os.abort()
+    return "said"
+
+
+def say_and_wait(text: str, mailbox: str, fifo: str) -> str:
+    write_stderr(text)
+    report(mailbox, os.getpid())
+    return wait_for_word(fifo)
+
+
+def run_program(command: list[str]) -> None:
+    subprocess.run(command, check=True)
+
+
+def flood_at_exit() -> int:
+    """Write more than a pipe holds when the call is over."""
+    atexit.register(write_stderr, "x" * 1_000_000)
+    return os.getpid()
+
+
+def say_now_and_at_exit(now: str, at_exit: str) -> None:
+    atexit.register(write_stderr, at_exit)
+    write_stderr(now)
+
+
 def kill_myself(number: int) -> None:
     os.kill(os.getpid(), number)
 
@@ -150,6 +230,43 @@ def talk_nonsense() -> None:
     os.write(call_socket(), b"GET / HTTP/1.1\r\n\r\n")
 
 
+class Toucher:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def send_outcome(pickled: bytes) -> NoReturn:
+    """Send this as the outcome, and wait."""
+    from isolated_tasks.process import protocol
+
+    os.write(call_socket(), b"".join(map(bytes, protocol.encode(protocol.Outcome(pickled)))))
+    _pause()
+
+
+def announce(size: int) -> NoReturn:
+    """Begin an outcome of this size."""
+    from isolated_tasks.process import protocol
+
+    head = (protocol.MAGIC, protocol.VERSION, protocol.Kind.OUTCOME, 0, 0, size)
+    os.write(call_socket(), protocol.HEADER.pack(*head))
+    _pause()
+
+
+def encoded(size: int) -> Any:
+    from isolated_tasks.process.plain import Encoded
+
+    return Encoded(b"x" * size)
+
+
+def fail_at_length(size: int) -> NoReturn:
+    raise ValueError("x" * size)
+
+
 def send_an_outcome_and_nonsense() -> None:
     """Have both arrive at once."""
     from isolated_tasks.process import pickling, protocol
@@ -167,14 +284,14 @@ def talk_nonsense_and_leave(code: int) -> NoReturn:
 
 
 def talk_nonsense_later(mailbox: str, fifo: str) -> int:
-    """Do so from a thread, when the call is over."""
+    """Do so from a thread that Python does not list, when the call is over."""
 
     def work() -> None:
         wait_for_word(fifo)
         talk_nonsense()
         report(mailbox, "done")
 
-    threading.Thread(target=work, daemon=True).start()
+    _thread.start_new_thread(work, ())
     return os.getpid()
 
 
@@ -207,13 +324,34 @@ def fork_and_the_copy_raises() -> tuple[str, int]:
     return "original", os.waitstatus_to_exitcode(status)
 
 
+def fork_with_open_files(count: int) -> tuple[int, list[int]]:
+    """Open files; how many of these there are, and are still open in a child and a grandchild."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, bytes([_count_open(files)]))
+        grandchild = os.fork()
+        if grandchild == 0:
+            os.write(writer, bytes([_count_open(files)]))
+            os._exit(0)
+        os.waitpid(grandchild, 0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return count, list(os.read(reader, 2))
+
+
+def _count_open(files: list[int]) -> int:
+    return sum(number in descriptors() for number in files)
+
+
 def leave_a_daemon(mailbox: str, code: int) -> NoReturn:
     """Exit while a grandchild in a session of its own holds all our descriptors."""
     reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
-        os.write(writer, b"x")
         report(mailbox, os.getpid())
+        os.write(writer, b"x")
         _pause()
     os.read(reader, 1)  # until it has left our group, which will be killed
     os._exit(code)
@@ -240,7 +378,13 @@ def _pause() -> NoReturn:
 
 def hang(mailbox: str, how: str) -> NoReturn:
     """Report the pids of this process and of two grandchildren, and never return."""
-    report(mailbox, os.getpid(), *_grandchildren())
+    # Without descriptors it is alone: others would hold those that it has closed.
+    report(mailbox, os.getpid(), *(() if how == "without descriptors" else _grandchildren()))
+    hang_alone(how)
+
+
+def hang_alone(how: str) -> NoReturn:
+    let_signals_come()
     while True:
         if how == "asleep":
             time.sleep(1000)
@@ -248,6 +392,14 @@ def hang(mailbox: str, how: str) -> NoReturn:
             pass
         elif how == "stuck in C":
             ctypes.PyDLL(None).sleep(1000)  # PyDLL: the GIL is held meanwhile
+        elif how == "deadlocked in C":
+            # Unlike sleep(3), which ends when a signal has been handled.
+            mutex = ctypes.create_string_buffer(128)
+            for _ in range(2):
+                ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        elif how == "without descriptors":
+            close_all_descriptors()
+            time.sleep(1000)
         elif how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
@@ -258,6 +410,12 @@ def wait_for_word(fifo: str) -> str:
     """Return what somebody writes into the fifo, once somebody does."""
     with open(fifo) as file:
         return file.read()
+
+
+def report_and_wait_with(mailbox: str, fifo: str, secret: str) -> tuple[int, str]:
+    """Have a secret as an argument, and another one in the environment."""
+    report(mailbox, os.getpid(), os.environ["TOKEN"])
+    return os.getpid(), wait_for_word(fifo)
 
 
 def report_and_wait(mailbox: str, fifo: str) -> tuple[int, str]:
@@ -303,7 +461,7 @@ def descriptors() -> dict[int, str]:
 
 def dispositions() -> dict[str, str]:
     return {
-        number.name: getattr(handler := signal.getsignal(number), "name", repr(handler))
+        number.name: getattr(signal.getsignal(number), "name", "handler")
         for number in signal.Signals
     }
 
@@ -492,6 +650,436 @@ def tell_pid_after(body: Callable[..., object], *args: object) -> int:
     return os.getpid()
 
 
+# ── limits ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def marks_body(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a function that says itself where its body begins."""
+    function.marks_body = True  # type: ignore[attr-defined]
+    return function
+
+
+#: What a supervisor sends, and a test may want to come at a certain place only.
+_FROM_OUTSIDE = {signal.SIGTERM, signal.SIGUSR1}
+
+
+@marks_body
+def shielded(body: Callable[..., Any], *args: Any) -> Any:
+    """Run a body that says itself from where on signals may come."""
+    from isolated_tasks.process import limits
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_OUTSIDE)
+    with limits.body():
+        return body(*args)
+
+
+def let_signals_come() -> None:
+    """In a body that is shielded; those that have come meanwhile come now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FROM_OUTSIDE)
+
+
+def wait_for_signals() -> NoReturn:
+    let_signals_come()
+    while True:
+        # Not for long: of a signal that comes just before the system call Python hears after it.
+        time.sleep(0.01)
+
+
+@marks_body
+def begin_when_told(mailbox: str, fifo: str, body: Callable[..., Any], *args: Any) -> Any:
+    """Report, wait for a word, and only then run the body, shielded."""
+    from isolated_tasks.process import limits
+
+    report(mailbox, os.getpid())
+    wait_for_word(fifo)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_OUTSIDE)
+    with limits.body():
+        return body(*args)
+
+
+@marks_body
+def leave_before_it_begins(code: int) -> NoReturn:
+    """Exit in what comes before the body, as a hook for new processes may."""
+    os._exit(code)
+
+
+@marks_body
+def hang_timed(mailbox: str, how: str, *, stubborn: bool = False, fifo: str = "") -> NoReturn:
+    """Like `hang`, with everything done before the clock begins to run.
+
+    Args:
+        mailbox: told the pids of this process and of two grandchildren.
+        how: see `hang_alone`.
+        stubborn: whether all of them ignore SIGTERM.
+        fifo: where to wait for a word before the body begins.
+    """
+    from isolated_tasks.process import limits
+
+    if stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    report(mailbox, os.getpid(), *_grandchildren())
+    if fifo:
+        wait_for_word(fifo)
+    with limits.body():
+        if stubborn:
+            # The block has put back the handlers of this process.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        hang_alone(how)
+
+
+def wait_for_the_soft_limit() -> tuple[int, str]:
+    try:
+        wait_for_signals()
+    except TimeoutError:
+        return os.getpid(), "handled"
+
+
+class Slow:
+    """A result whose pickling takes until a signal has come."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.number})
+            (came,) = os.read(reader, 1)
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(reader)
+            os.close(writer)
+        return int, (came,)
+
+
+@marks_body
+def return_before_the_signal(number: int) -> Slow:
+    """Have a signal come when the body has ended and its result is on its way."""
+    from isolated_tasks.process import limits
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    with limits.body():
+        return Slow(number)
+
+
+@marks_body
+def begin_after_a_signal(mailbox: str, body: Callable[..., Any], *args: Any) -> Any:
+    """Report, wait for a signal that has a handler, and only then run the body."""
+    from isolated_tasks.process import limits
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    report(mailbox, os.getpid())
+    os.read(reader, 1)
+    signal.set_wakeup_fd(-1)
+    with limits.body():
+        return body(*args)
+
+
+def wait_and_clean_up(mailbox: str) -> NoReturn:
+    """Be ended in the middle, and say so."""
+    try:
+        report(mailbox, os.getpid(), "begun")
+        wait_for_signals()
+    finally:
+        report(mailbox, os.getpid(), "cleaned up")
+
+
+def swallow_the_end(mailbox: str) -> str:
+    try:
+        wait_for_signals()
+    except SystemExit as exc:
+        report(mailbox, exc.code)
+    return "as if nothing had been"
+
+
+def leave_slowly(mailbox: str, fifo: str) -> NoReturn:
+    """Be ended, and take until the test says so for cleaning up."""
+    try:
+        report(mailbox, os.getpid(), "begun")
+        wait_for_signals()
+    except SystemExit as exc:
+        report(mailbox, os.getpid(), exc.code)
+        report(mailbox, "cleaned up", wait_for_word(fifo))
+        raise
+
+
+def end_a_process_of_mine(how: str, number: int) -> int | None:
+    """Start a process, send it a signal when it is up, and return how it ended."""
+    if how == "fork":
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.write(writer, b"x")
+            _pause()
+        os.read(reader, 1)
+        os.kill(pid, number)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if how == "multiprocessing":
+        import multiprocessing
+
+        context = multiprocessing.get_context("fork")
+        is_up = context.Event()
+        process = context.Process(target=_say_so_and_pause, args=(is_up,))
+        process.start()
+        is_up.wait()
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join()
+        return process.exitcode
+    command = ["sh", "-c", "echo up; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        program.stdout.readline()
+        program.send_signal(number)
+    return program.returncode
+
+
+def _say_so_and_pause(is_up: Any) -> NoReturn:
+    is_up.set()
+    _pause()
+
+
+def report_and_hold(mailbox: str, fifo: str, size: int) -> NoReturn:
+    """Report, hold this much memory when told to, and stay."""
+    report_and_wait(mailbox, fifo)
+    hold(size)
+    _pause()
+
+
+def hold_elsewhere(mailbox: str, size: int, *, fifo: str = "") -> NoReturn:
+    """Have a grandchild hold memory that has left the group; its parent, in between, has ended."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            report(mailbox, os.getpid())
+            if fifo:
+                wait_for_word(fifo)
+            hold(size)
+            _pause()
+        os._exit(0)
+    os.wait()
+    report(mailbox, os.getpid())
+    _pause()
+
+
+def share(mailbox: str, fifo: str, size: int, count: int) -> str:
+    """Have several processes use the same pages, and wait for the test."""
+    memory = bytearray(b"x") * size
+    reader, writer = os.pipe()
+    for _ in range(count):
+        if os.fork() == 0:
+            # Read, so that it has them mapped; not written to, so that they are shared.
+            memory.find(b"y")
+            os.write(writer, b"x")
+            _pause()
+    for _ in range(count):
+        os.read(reader, 1)
+    return report_and_wait(mailbox, fifo)[1]
+
+
+def allocate(size: int) -> int:
+    memory = bytearray(size)  # the guilty line
+    return len(memory)
+
+
+def try_to_allocate(size: int) -> str:
+    try:
+        allocate(size)
+    except MemoryError:
+        return "MemoryError"
+    return "allocated"
+
+
+def try_to_hold(size: int) -> tuple[int, str]:
+    """Keep it, if it can be had."""
+    try:
+        hold(size)
+    except MemoryError:
+        return os.getpid(), "MemoryError"
+    return os.getpid(), "held"
+
+
+class Large:
+    """A result that takes much memory to pickle."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (allocate(self.size),)
+
+
+def return_large(size: int) -> Large:
+    return Large(size)
+
+
+def burn(seconds: float) -> int:
+    """Use this much CPU time."""
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+    return os.getpid()
+
+
+def niceness() -> tuple[int, int]:
+    return os.getpid(), os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def highest_descriptor() -> tuple[int, int]:
+    """Open files until there can be no more; the number of the last one."""
+    opened: list[int] = []
+    try:
+        while len(opened) < 100_000:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as exc:
+        if exc.errno != errno.EMFILE:
+            raise
+        return os.getpid(), max(opened)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    raise AssertionError("there is no limit")
+
+
+# ── what a body leaves behind ───────────────────────────────────────────────────────────────────
+
+#: How a process that is left lives, see `leave_behind`.
+LEFT = ("in the group", "in a session of its own", "as a daemon")
+
+
+def change_the_process(what: str) -> int:
+    """Leave it other than it was, in one respect; see `CHANGES`."""
+    if what == "thread":
+        threading.Thread(target=_pause, name="the one", daemon=True).start()
+    elif what == "process":
+        held.append(subprocess.Popen(["sleep", "1000"]))
+    elif what == "zombie":
+        if os.fork() == 0:
+            os._exit(0)
+    elif what == "current directory":
+        os.chdir("/")
+    elif what == "signal handler":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    elif what == "blocked signal":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    elif what == "umask":
+        os.umask(0o031)
+    elif what == "variable":
+        os.environ["LEFT_BEHIND"] = "a secret"
+    elif what == "limit":
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, 1 << 20))
+    elif what == "locale":
+        locale.setlocale(locale.LC_ALL, "C")
+    else:
+        assert what == "nothing"
+    return os.getpid()
+
+
+#: What `change_the_process` changes, and what is said of it.
+CHANGES = {
+    "thread": r"1 thread\(s\) \(the one\)",
+    "process": r"1 process\(es\) \(pid \d+\)",
+    "zombie": r"1 process\(es\) \(pid \d+\)",
+    "current directory": r"another current directory \(/\)",
+    "signal handler": r"other signal handlers \(SIGUSR2\)",
+    "blocked signal": "other blocked signals",
+    "umask": r"another umask \(031\)",
+    "variable": r"other environment variables \(LEFT_BEHIND\)$",
+    "limit": r"other limits \(RLIMIT_STACK\)",
+    "locale": r"another locale \(C\)",
+}
+
+
+def log_by_a_queue() -> tuple[int, bool]:
+    """Have a thread of `logging` in this process; tell whether it had to be started."""
+    from logging.handlers import QueueListener
+    from queue import SimpleQueue
+
+    is_new = not any(isinstance(one, QueueListener) for one in held)
+    if is_new:
+        listener = QueueListener(SimpleQueue())
+        listener.start()
+        held.append(listener)
+    return os.getpid(), is_new
+
+
+def leave_behind(mailbox: str, how: str, ending: str, fifo: str = "") -> int:
+    """Leave a process and a child of it, in a session of its own; report both, and end.
+
+    Args:
+        mailbox: where to report.
+        how: one of `LEFT`.
+        ending: how this process ends.
+        fifo: where to wait for a word before it does.
+    """
+    if how == "as a daemon":
+        middle = os.fork()
+        if middle == 0:
+            os.setsid()
+            _stay_with_a_child(mailbox)
+            os._exit(0)
+        os.waitpid(middle, 0)
+    else:
+        _stay_with_a_child(mailbox, new_session=how == "in a session of its own")
+    if fifo:
+        wait_for_word(fifo)
+    if ending == "crashes":
+        crash_in_c()
+    elif ending == "is killed":
+        kill_myself(signal.SIGKILL)
+    elif ending == "exits":
+        os._exit(0)
+    elif ending == "raises":
+        raise LookupError(ending)
+    elif ending == "waits":
+        _pause()
+    return os.getpid()
+
+
+def leave_a_shell(script: str) -> tuple[int, int]:
+    """Leave a shell behind that runs this; its pid after our own."""
+    shell = subprocess.Popen(["sh", "-c", script])
+    held.append(shell)  # or its __del__ would warn
+    return os.getpid(), shell.pid
+
+
+def leave_behind_and_wait(mailbox: str, fifo: str) -> tuple[int, str]:
+    """Have a process in the group, with a child in a session of its own, until the word comes."""
+    _stay_with_a_child(mailbox)
+    return os.getpid(), wait_for_word(fifo)
+
+
+def leave_a_program(mailbox: str, fifo: str) -> None:
+    """Leave another program in the group; report its pid, and crash after a word."""
+    report(mailbox, subprocess.Popen(["sleep", "1000"]).pid)
+    wait_for_word(fifo)
+    crash_in_c()
+
+
+def _stay_with_a_child(mailbox: str, *, new_session: bool = False) -> None:
+    """Fork one that forks another, and come back when both are where they are to be."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        if new_session:
+            os.setsid()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.write(writer, b"x")
+            _pause()
+        report(mailbox, os.getpid(), child)
+        os.write(writer, b"x")
+        _pause()
+    for _ in range(2):
+        os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+
+
 # ── for the forkserver's own tests ──────────────────────────────────────────────────────────────
 
 
@@ -502,3 +1090,13 @@ def set_up(argument: bytes) -> None:
 
 def set_up_badly(argument: bytes) -> NoReturn:
     raise LookupError(f"no app {argument.decode()}")
+
+
+def lower_the_hard_limit_of_files(limit: int) -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def ignore_sigusr1() -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    return os.getpid()

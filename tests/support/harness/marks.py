@@ -7,7 +7,7 @@ each test puts a mark there.
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import psutil
 
@@ -15,9 +15,18 @@ import psutil
 VARIABLE = "ISOLATED_TASKS_TEST_MARK"
 
 
+def every_process() -> Iterator[psutil.Process]:
+    """Each process that is there now."""
+    # Not psutil.process_iter: it remembers processes by their pids, and does not see that one is
+    # another's by now, which then passes for one that has ended.
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield psutil.Process(pid)
+
+
 def marked_processes(mark: str) -> list[psutil.Process]:
     """Living processes, zombies aside, whose environment holds `mark`, without this one."""
-    return [process for process in psutil.process_iter() if _has_mark(process, mark)]
+    return [process for process in every_process() if _has_mark(process, mark)]
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:

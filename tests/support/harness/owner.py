@@ -3,6 +3,7 @@
 It reports the pid of the forkserver and the directory of the socket; then it does what ENDING says:
 
 call     wait for a body that hangs
+daemon   wait for one that has left a daemon, with a child in another session
 preload  wait for a preload that hangs
 fork     have a copy stop what is not the copy's
 exit     leave without a word
@@ -28,6 +29,8 @@ def main(mailbox: str, ending: str) -> None:
     launcher.wait_loaded(PATIENCE)
     if ending == "call":
         Slot(launcher.address).run(bodies.hang, mailbox, "asleep")
+    if ending == "daemon":
+        Slot(launcher.address).run(bodies.leave_behind, mailbox, "as a daemon", "waits")
     if ending == "fork":
         copy = os.fork()
         if copy == 0:

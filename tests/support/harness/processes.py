@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import select
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import psutil
+import pytest
 
 from harness import marks
 from isolated_tasks.process import pickling
 from isolated_tasks.process.children import Children
+from isolated_tasks.process.launcher import Launcher
 from isolated_tasks.process.options import ProcessOptions
 from isolated_tasks.process.outcome import Outcome
 
@@ -101,6 +105,11 @@ class Interrupted(Exception):
     """What a signal handler raises in the middle of a wait, as Celery's time limits do."""
 
 
+#: For tests that interrupt. An exception may come as a socket is made, before anybody has it; then
+#: Python closes it, and warns.
+INTERRUPTS = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
 class Mailbox:
     """Where processes tell the test something (`bodies.report`), whoever they belong to."""
 
@@ -120,6 +129,11 @@ class Mailbox:
         line, self._data = self._data.split(b"\n", 1)
         message: list[Any] = json.loads(line)
         return message
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no message now."""
+        return not self._data and not select.select([self._descriptor], [], [], 0)[0]
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -177,6 +191,38 @@ def wait_gone(pids: Iterable[int]) -> None:
     assert not left, f"still there: {left}"
 
 
+class NoSuchRightError(Exception):
+    """This process may not choose pids."""
+
+
+@contextlib.contextmanager
+def stranger(pid: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that has to do with nobody and has this pid, which must be free, and a child.
+
+    Raises:
+        NoSuchRightError: The kernel lets nobody like us choose.
+    """
+    command = ["sh", "-c", "sleep 1000 & exec sleep 1000"]
+    tick = threading.Event()
+    for _ in range(1000):
+        try:
+            # proc(5), ns_last_pid: the next process gets the number after this one, unless somebody
+            # else on this machine is faster.
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        except OSError as exc:
+            raise NoSuchRightError(str(exc)) from exc
+        with subprocess.Popen(command, start_new_session=True) as process:
+            try:
+                if process.pid == pid:
+                    while not psutil.Process(pid).children():
+                        tick.wait(0.005)
+                    yield process
+                    return
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(f"somebody else has the pid {pid}")
+
+
 def wait_status(pid: int, *statuses: str) -> None:
     """Wait until a process of somebody else sleeps, is stopped, is a zombie."""
     process = psutil.Process(pid)
@@ -187,6 +233,17 @@ def wait_status(pid: int, *statuses: str) -> None:
             return
         tick.wait(0.005)
     raise AssertionError(f"it never was {statuses}: {marks.describe(process)}")
+
+
+def settle(launcher: Launcher) -> None:
+    """Wait until the forkserver has done with all that happened before."""
+    # Twice: the first one may be served in the same round, before what was there earlier.
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(launcher.address)
+            connection.send(b"nonsense, which it answers by closing")
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
 
 
 def wait_connected(address: str, *, more_than: int = 1) -> None:

@@ -26,7 +26,7 @@ def ask(connection: socket.socket) -> str:
     call, lifeline = socket.socketpair(), os.pipe()
     channel = Channel(connection, protocol.CONTROL_LIMITS)
     try:
-        channel.send(request(), (call[1].fileno(), lifeline[0], lifeline[1]))
+        channel.send(request(), (call[1].fileno(), lifeline[0], lifeline[1], 2))
     except BrokenPipeError:
         return "closed"
     connection.setblocking(True)
@@ -42,6 +42,16 @@ def request(**changes: object) -> protocol.Spawn:
         "batch_size": 1,
         "batch_idle_timeout": 5.0,
         "batch_memory_limit_bytes": None,
+        "memory_limit_bytes": None,
+        "soft_memory_limit_bytes": None,
+        "cpu_time_limit": None,
+        "nice": None,
+        "max_open_files": None,
+        "keep_children": False,
+        "max_result_bytes": 1 << 30,
+        "plain_outcomes": False,
+        "call_id": None,
+        "failures": 0,
         "exit_timeout": 5.0,
         "env": {},
     }
