@@ -1,6 +1,7 @@
 """One process serves several calls: how long, for whom, and what happens when it goes."""
 
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -154,8 +155,13 @@ def test_there_are_never_more_processes_than_slots(
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_process_that_holds_too_much_after_a_call_is_not_used_again(make_slot: MakeSlot) -> None:
-    slot = make_slot(batch_size=5, batch_memory_limit_bytes=150 * MIB)
+def test_a_process_that_holds_too_much_after_a_call_is_not_used_again(
+    new_launcher: NewLauncher, make_slot: MakeSlot, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launcher = new_launcher(preload=["harness.bodies"])
+    slot = make_slot(
+        address=launcher.address, batch_size=5, batch_memory_limit_bytes=150 * MIB, name="large"
+    )
 
     small = [slot.run(bodies.hold, 1 * MIB) for _ in range(2)]
     large = slot.run(bodies.hold, 150 * MIB)
@@ -163,6 +169,16 @@ def test_a_process_that_holds_too_much_after_a_call_is_not_used_again(make_slot:
 
     assert small == [large, large]
     assert after != large
+    # The child says why, as the app has set up logging; without an app on its stderr.
+    wait_gone([large])
+    ((pid, task, held),) = re.findall(
+        r"child pid=(\d+) task=(\S+) serves no further call of its batch: it was left with "
+        r"(\d+) MiB of memory$",
+        capfd.readouterr().err,
+        re.MULTILINE,
+    )
+    assert (int(pid), task) == (large, "large")
+    assert 150 <= int(held) < 400
 
 
 @pytest.mark.parametrize("body", [bodies.touch, bodies.hold_in_a_circle])
@@ -172,6 +188,58 @@ def test_a_process_that_holds_no_more_than_it_may_is_used_again(
     slot = make_slot(batch_size=5, batch_memory_limit_bytes=150 * MIB)
 
     assert len({slot.run(body, 150 * MIB) for _ in range(3)}) == 1
+
+
+# ── what is left ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("what", bodies.CHANGES)
+def test_a_process_that_is_left_other_than_it_was_is_not_used_again(
+    new_launcher: NewLauncher, make_slot: MakeSlot, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    # The child says why, as the app has set up logging; without an app on its stderr.
+    launcher = new_launcher(preload=["harness.bodies"])
+    slot = make_slot(address=launcher.address, batch_size=5)
+    fine = [slot.run(bodies.change_the_process, "nothing") for _ in range(2)]
+    left = slot.run(bodies.change_the_process, what)
+    after = slot.run(bodies.change_the_process, "nothing")
+
+    assert fine == [left, left]
+    assert after != left
+    wait_gone([left])
+    said = re.findall(r"child pid=(\d+) .* it was left with (.*)", capfd.readouterr().err)
+    ((pid, why),) = said
+    assert int(pid) == left
+    assert re.search(bodies.CHANGES[what], why)
+
+
+def test_the_thread_of_a_library_that_reports_may_stay(make_slot: MakeSlot) -> None:
+    slot = make_slot(batch_size=3)
+
+    (first, starts), (second, starts_again) = (slot.run(bodies.log_by_a_queue) for _ in range(2))
+
+    assert (starts, starts_again) == (True, False)
+    assert second == first
+
+
+def test_a_limit_of_its_own_is_not_taken_for_what_a_body_has_left(make_slot: MakeSlot) -> None:
+    slot = make_slot(
+        batch_size=3, soft_memory_limit_bytes=1 << 40, cpu_time_limit=1000, max_open_files=100
+    )
+
+    assert len({slot.run(os.getpid) for _ in range(3)}) == 1
+
+
+@pytest.mark.fault(13)
+def test_what_raises_may_have_left_something_too(make_slot: MakeSlot, mailbox: Mailbox) -> None:
+    slot = make_slot(batch_size=5)
+
+    with pytest.raises(LookupError):
+        slot.run(bodies.leave_behind, mailbox.path, "in the group", "raises")
+
+    assert survivors(mailbox.read()) == set()
+    assert slot.run(os.getpid)
 
 
 # ── when it goes ────────────────────────────────────────────────────────────────────────────────
@@ -274,6 +342,7 @@ def test_calls_that_race_with_the_idle_timeout_all_run_once(
     assert 1 < len(set(pids)) < 300
 
 
+@pytest.mark.fault(44)
 def test_a_process_that_always_goes_before_it_accepts_fails_the_call_in_the_end(
     new_launcher: NewLauncher, make_slot: MakeSlot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -283,9 +352,9 @@ def test_a_process_that_always_goes_before_it_accepts_fails_the_call_in_the_end(
     )
     (tmp_path / "stillborn.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
-    slot = make_slot(address=new_launcher(preload=["stillborn"]).address)
+    slot = make_slot(address=new_launcher(preload=["stillborn"], serves=False).address)
 
-    with pytest.raises(ChildLostError, match="before they accepted") as caught:
+    with pytest.raises(ChildLostError, match="in a row went before they had begun") as caught:
         slot.run(abs, -1)
 
     assert caught.value.started is False

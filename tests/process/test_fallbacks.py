@@ -8,11 +8,13 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness import bodies
 from harness.processes import (
+    INTERRUPTS,
     Background,
     Interrupted,
     Mailbox,
@@ -22,13 +24,13 @@ from harness.processes import (
     survivors,
     wait_gone,
 )
-from isolated_tasks.errors import ChildLostError, ForkserverError
+from isolated_tasks.errors import ChildLostError, ForkserverError, MemoryLimitExceeded
 from isolated_tasks.process import system
 from isolated_tasks.process.launcher import Launcher
 
 MakeSlot = Callable[..., Slot]
 NewLauncher = Callable[..., Launcher]
-Without = Callable[[str], Launcher]
+Without = Callable[..., Launcher]
 
 
 @pytest.fixture
@@ -36,10 +38,10 @@ def without(new_launcher: NewLauncher, monkeypatch: pytest.MonkeyPatch, tmp_path
     """A forkserver that does not find some features."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def launch(source: str) -> Launcher:
+    def launch(source: str, **plan: Any) -> Launcher:
         module = f"import os\nfrom isolated_tasks.process import system\n{source}\n"
         (tmp_path / "older_kernel.py").write_text(module)
-        launcher = new_launcher(preload=["older_kernel", "harness.bodies"])
+        launcher = new_launcher(preload=["older_kernel", "harness.bodies"], **plan)
         (loaded,) = launcher.loaded()
         assert not any(entry["error"] for entry in loaded.entries)
         return launcher
@@ -54,6 +56,12 @@ def fork():
     raise BlockingIOError(11, "Resource temporarily unavailable")
 system.fork = fork
 """
+NO_GROUPS = """
+from isolated_tasks.process import cgroup
+def find():
+    raise cgroup.NoPlaceError("switched off")
+cgroup.Delegation.find = find
+"""
 FEATURES = {
     "a lifeline": NO_LIFELINE,
     "pidfds": NO_PIDFD,
@@ -63,6 +71,7 @@ FEATURES = {
     "a score for the killer": "system.prefer_for_oom_kill = lambda: None",
     "memfds": "del os.memfd_create",
     "peer credentials": "system.peer_uid = lambda connection: None",
+    "control groups": NO_GROUPS,
     "resident memory": "system.rss_bytes = lambda: 0",
 }
 
@@ -83,11 +92,12 @@ def test_without_one_of_the_features_calls_run_and_lost_children_are_told(
     assert "crash_in_c" in caught.value.crash_traceback
 
 
+@pytest.mark.fault(38, 42)
 def test_a_fork_that_the_system_refuses_is_an_error_that_says_why(
     without: Without, make_slot: MakeSlot
 ) -> None:
     # As where the limit of processes is reached, which root does not have.
-    slot = make_slot(address=without(NO_FORK).address)
+    slot = make_slot(address=without(NO_FORK, serves=False).address, start_timeout=0.2)
 
     for _ in range(2):
         with pytest.raises(ForkserverError, match="Resource temporarily unavailable") as caught:
@@ -95,6 +105,23 @@ def test_a_fork_that_the_system_refuses_is_an_error_that_says_why(
         assert caught.value.errno == errno.EAGAIN
 
     assert slot.outcome(make_slot(start_method="spawn").options, abs, -1).result() == 1
+
+
+def test_without_control_groups_memory_limits_are_kept_by_looking(
+    without: Without, make_slot: MakeSlot
+) -> None:
+    launcher = without(NO_GROUPS)
+    (loaded,) = launcher.loaded()
+    assert loaded.memory_limits == (
+        "by looking at processes every 0.02 to 0.2 s (no control groups: switched off)"
+    )
+    slot = make_slot(address=launcher.address, memory_limit_bytes=256 << 20)
+
+    assert slot.run(abs, -1) == 1
+    with pytest.raises(MemoryLimitExceeded) as caught:
+        slot.run(exec, "import time; held = bytearray(b'x') * (512 << 20); time.sleep(1000)")
+    assert caught.value.peak is not None
+    assert caught.value.peak > 256 << 20
 
 
 # ── the lifeline ────────────────────────────────────────────────────────────────────────────────
@@ -114,6 +141,7 @@ def test_without_a_lifeline_the_forkserver_ends_the_child_of_a_dead_requester(
 
 
 @pytest.mark.parametrize("source", [NO_LIFELINE, f"{NO_LIFELINE}\n{NO_PIDFD}"])
+@INTERRUPTS
 def test_without_a_lifeline_an_exception_in_the_wait_kills_the_child(
     *,
     without: Without,
@@ -137,6 +165,7 @@ def test_without_a_lifeline_an_exception_in_the_wait_kills_the_child(
 
 
 @pytest.mark.skipif(not system.features()["pidfd_group_signal"], reason="needs Linux 6.9")
+@INTERRUPTS
 def test_without_lifeline_and_forkserver_the_pidfd_kills_the_group(
     *, without: Without, make_slot: MakeSlot, mailbox: Mailbox, interrupt: Callable[[], None]
 ) -> None:

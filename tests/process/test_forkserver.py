@@ -22,14 +22,16 @@ from harness.processes import (
     Background,
     Mailbox,
     Slot,
+    Word,
     program,
+    settle,
     survivors,
     wait_connected,
     wait_status,
 )
 from harness.stranger import request
 from isolated_tasks.errors import ChildLostError
-from isolated_tasks.process import child, protocol
+from isolated_tasks.process import child, pickling, protocol, system
 from isolated_tasks.process.launcher import Launcher
 from isolated_tasks.process.protocol import HEADER, Kind, Message
 
@@ -44,10 +46,10 @@ class Requester:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(address)
         self.socket.settimeout(PATIENCE)
-        # What a request comes with: call socket, lifeline, crash file.
+        # What a request comes with: call socket, lifeline, crash file, stderr.
         self.call, theirs = socket.socketpair()
         self._lifeline, writer = os.pipe()
-        self.descriptors = [theirs.detach(), self._lifeline, writer]
+        self.descriptors = [theirs.detach(), self._lifeline, writer, os.dup(2)]
 
     def send(self, data: bytes | Message, descriptors: Sequence[int] = ()) -> None:
         if not isinstance(data, bytes):
@@ -106,15 +108,8 @@ def innocents(launcher: Launcher, make_slot: MakeSlot) -> Iterator[None]:
     assert launcher.pids() == forkservers
 
 
-def settle(launcher: Launcher) -> None:
-    """Wait until the forkserver has done with all that happened before."""
-    # Twice: the first one may be served in the same round, before what was there earlier.
-    for _ in range(2):
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(launcher.address)
-            connection.send(b"nonsense, which it answers by closing")
-            with contextlib.suppress(ConnectionError):
-                assert connection.recv(1) == b""
+def is_readable(connection: socket.socket) -> bool:
+    return bool(system.wait_for(connection.fileno(), timeout=0))
 
 
 def frame(kind: Kind, body: bytes | object, **header: int) -> bytes:
@@ -163,13 +158,17 @@ def test_the_forkserver_holds_no_descriptors_of_the_main_process(
 ) -> None:
     with (tmp_path / "ours").open("w") as file:
         os.set_inheritable(file.fileno(), True)
-        (pid,) = new_launcher().pids()
+        launcher = new_launcher()
+        (pid,) = launcher.pids()
+    # Once it is in its loop: it looks around before that.
+    settle(launcher)
 
     targets = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
     assert str(tmp_path / "ours") not in targets
     assert len(targets) > 3
 
 
+@pytest.mark.fault(51)
 def test_descriptors_do_not_pile_up(launcher: Launcher, make_slot: MakeSlot) -> None:
     (pid,) = launcher.pids()
     slot = make_slot(address=launcher.address)
@@ -207,6 +206,9 @@ MALFORMED = {
         Kind.SPAWN, {**SPAWN, "env": {"A": 1}, "start_method": "spawn"}
     ),
     "an environment that is none": frame(Kind.SPAWN, {**SPAWN, "env": [], "start_method": "spawn"}),
+    "a memory limit of thousands of digits": frame(
+        Kind.SPAWN, {**SPAWN, "memory_limit_bytes": 10**4000}
+    ),
     "a signal with a name": frame(Kind.SIGNAL, {"signal": "KILL"}),
     "an outcome": frame(Kind.OUTCOME, b"pickle"),
     "what only a forkserver says": frame(Kind.STARTED, {"pid": 1}),
@@ -214,6 +216,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_request_ends_its_own_connection(requester: Requester, data: bytes) -> None:
@@ -222,8 +225,9 @@ def test_a_malformed_request_ends_its_own_connection(requester: Requester, data:
     assert requester.is_closed()
 
 
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 50])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 6, 50])
 def test_a_request_with_another_number_of_descriptors_ends_its_own_connection(
     requester: Requester, launcher: Launcher, count: int
 ) -> None:
@@ -239,6 +243,7 @@ def test_a_request_with_another_number_of_descriptors_ends_its_own_connection(
     assert len(os.listdir(f"/proc/{pid}/fd")) == len(before) - 1
 
 
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
 def test_a_second_request_on_a_connection_ends_it_and_the_child(
     requester: Requester,
@@ -281,10 +286,11 @@ def test_a_signal_that_does_not_exist_ends_its_own_connection(
     assert requester.is_closed()
 
 
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
 def test_descriptors_that_are_something_else_harm_the_child_alone(requester: Requester) -> None:
     null = os.open(os.devnull, os.O_RDWR)
-    requester.send(request(), [null] * 3)
+    requester.send(request(), [null] * protocol.SPAWN_DESCRIPTORS)
     os.close(null)
 
     requester.answer(Kind.STARTED)
@@ -294,21 +300,23 @@ def test_descriptors_that_are_something_else_harm_the_child_alone(requester: Req
 # ── requesters that go away ─────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(30)
 def test_a_child_whose_lifeline_is_cut_before_it_is_born_does_not_live(
     requester: Requester,
 ) -> None:
     # As if its requester had died just now, the control socket held open by somebody else.
-    call, _, crash = requester.descriptors
+    call, _, crash, stderr = requester.descriptors
     reader, writer = os.pipe()
     os.close(writer)
 
-    requester.send(request(), [call, reader, crash])
+    requester.send(request(), [call, reader, crash, stderr])
 
     requester.answer(Kind.STARTED)
     assert requester.answer(Kind.EXITED)["exit_code"] == child.ExitCode.ORPHANED
     os.close(reader)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
 @pytest.mark.parametrize("length", [0, 1, HEADER.size - 1, HEADER.size, 50])
 def test_a_requester_that_goes_in_the_middle_of_its_request_is_forgotten(
@@ -321,6 +329,7 @@ def test_a_requester_that_goes_in_the_middle_of_its_request_is_forgotten(
     requester.close()
 
 
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
 def test_a_requester_that_says_nothing_holds_nobody_up(
     requester: Requester, launcher: Launcher, make_slot: MakeSlot
@@ -342,6 +351,39 @@ def test_a_child_goes_with_the_connection_of_its_requester(requester: Requester)
     assert survivors([pid]) == set()
 
 
+#: Children that are stopped before they do anything.
+STOPPED_AT_BIRTH = """
+import os, signal
+from isolated_tasks.process import child, system
+child._be_born = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+system.interpreter = lambda module: ["/bin/sh", "-c", "kill -STOP $$"]
+"""
+
+
+@pytest.mark.fault(30)
+def test_a_child_that_has_yet_to_do_anything_goes_with_the_connection_of_its_requester(
+    *,
+    new_launcher: NewLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    start_method: str,
+) -> None:
+    (tmp_path / "stopped_at_birth.py").write_text(STOPPED_AT_BIRTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    launcher = new_launcher(preload=["stopped_at_birth"], serves=False)
+    with contextlib.closing(Requester(launcher.address)) as requester:
+        requester.send(request(start_method=start_method), requester.descriptors)
+        pid = requester.answer(Kind.STARTED)["pid"]
+        wait_status(pid, psutil.STATUS_STOPPED)
+
+        # It has not armed its lifeline. The signal goes to the group that it leads, and that is not
+        # its own doing.
+        requester.socket.close()
+
+        assert survivors([pid]) == set()
+
+
+@pytest.mark.fault(40)
 @pytest.mark.usefixtures("innocents")
 def test_a_crowd_of_requesters_that_want_nothing_is_borne(launcher: Launcher) -> None:
     with contextlib.ExitStack() as stack:
@@ -350,6 +392,7 @@ def test_a_crowd_of_requesters_that_want_nothing_is_borne(launcher: Launcher) ->
             connection.connect(launcher.address)
 
 
+@pytest.mark.fault(38)
 def test_out_of_descriptors_requests_wait_until_there_are_some(
     launcher: Launcher, make_slot: MakeSlot
 ) -> None:
@@ -372,6 +415,30 @@ def test_out_of_descriptors_requests_wait_until_there_are_some(
             connection.close()
 
         assert call.result() == 1
+
+
+def test_descriptors_that_come_with_half_a_request_leave_room_for_those_of_others(
+    launcher: Launcher, make_slot: MakeSlot
+) -> None:
+    (pid,) = launcher.pids()
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (43, hard))
+    with contextlib.ExitStack() as gone:
+        # All together they have more than there is room for.
+        crowd = [Requester(launcher.address) for _ in range(12)]
+        for requester in crowd:
+            gone.callback(requester.close)
+            requester.send(b"I", requester.descriptors)
+        slot = make_slot(address=launcher.address)
+
+        with Background(slot.run, abs, -1) as call, gone:
+            # Those that do not fit wait, and so does this one; nobody is turned away.
+            wait_connected(launcher.address, more_than=len(crowd) + 1)
+            turned_away = [requester for requester in crowd if is_readable(requester.socket)]
+            gone.close()
+
+            assert call.result() == 1
+    assert turned_away == []
 
 
 # ── other users ─────────────────────────────────────────────────────────────────────────────────
@@ -429,7 +496,7 @@ def test_stopping_a_forkserver_that_is_stopped_by_a_signal_kills_it(
     (pid,) = launcher.pids()
     os.kill(pid, signal.SIGSTOP)
     wait_status(pid, psutil.STATUS_STOPPED)
-    monkeypatch.setattr("isolated_tasks.process.launcher.STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr("isolated_tasks.process.generation.STOP_TIMEOUT", 0.1)
 
     launcher.stop()
 
@@ -440,6 +507,7 @@ def test_stopping_a_forkserver_that_is_stopped_by_a_signal_kills_it(
 # ── several ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(43)
 def test_several_forkservers_take_from_one_queue(
     new_launcher: NewLauncher, make_slot: MakeSlot
 ) -> None:
@@ -464,3 +532,43 @@ def test_while_one_of_several_forkservers_is_dead_the_others_serve(
     slot = make_slot(address=launcher.address)
 
     assert {slot.run(os.getppid) for _ in range(5)} == {two}
+
+
+# ── the end ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_forkserver_that_ends_does_not_mind_requesters_that_are_gone(
+    capfd: pytest.CaptureFixture[str], new_launcher: NewLauncher
+) -> None:
+    # Not by a fixture: what that starts writes elsewhere.
+    launcher = new_launcher(preload=["harness.bodies"])
+    with contextlib.closing(Requester(launcher.address)) as requester:
+        requester.send(request(), requester.descriptors)
+        pid = requester.answer(Kind.STARTED)["pid"]
+        # It hears of this when it tells of the end of the child, which is its own doing.
+        requester.socket.shutdown(socket.SHUT_RD)
+
+        launcher.stop()
+
+    assert survivors([pid]) == set()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_child_whose_requester_is_gone_goes_without_a_word(
+    capfd: pytest.CaptureFixture[str], new_launcher: NewLauncher, mailbox: Mailbox, word: Word
+) -> None:
+    launcher = new_launcher(preload=["harness.bodies"])
+    body = pickling.dumps((bodies.report_and_wait, (mailbox.path, word.path), {}))
+    with contextlib.closing(Requester(launcher.address)) as requester:
+        requester.send(request(), requester.descriptors)
+        requester.answer(Kind.STARTED)
+        for piece in protocol.encode(protocol.Call(body.body, body.buffers)):
+            requester.call.sendall(piece)
+        mailbox.read()
+        # What the kernel does first, and before it cuts the lifeline, for one that is killed.
+        requester.call.close()
+        word.give()
+
+        assert requester.answer(Kind.EXITED)["exit_code"] == child.ExitCode.ORPHANED
+    launcher.stop()
+    assert capfd.readouterr().err == ""

@@ -26,6 +26,7 @@ from harness.processes import (
     wait_status,
 )
 from isolated_tasks.errors import ChildLostError, ForkserverError
+from isolated_tasks.process import launcher as launching
 from isolated_tasks.process import pickling, system
 from isolated_tasks.process.children import Children
 from isolated_tasks.process.launcher import FIRST_DELAY, LAST_DELAY, Launcher, Plan
@@ -76,6 +77,7 @@ def tells_exit_codes() -> bool:
 # ── between calls ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(39)
 def test_a_dead_forkserver_is_noticed_and_replaced(launcher: Launcher, make_slot: MakeSlot) -> None:
     slot = make_slot(address=launcher.address)
     address = launcher.address
@@ -111,6 +113,7 @@ def test_a_launcher_that_is_well_has_nothing_to_do(launcher: Launcher) -> None:
     assert select.select(launcher.descriptors(), [], [], 0)[0] == []
 
 
+@pytest.mark.fault(39)
 def test_a_call_made_while_there_is_no_forkserver_is_served_by_the_next_one(
     launcher: Launcher,
 ) -> None:
@@ -164,11 +167,18 @@ def test_a_call_made_while_nobody_replaces_the_forkserver_fails_in_time(
 # ── during a call ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("is_replaced", [True, False])
 def test_a_call_under_way_carries_on_and_returns(
-    *, launcher: Launcher, make_slot: MakeSlot, mailbox: Mailbox, word: Word, is_replaced: bool
+    *,
+    launcher: Launcher,
+    make_slot: MakeSlot,
+    mailbox: Mailbox,
+    word: Word,
+    is_replaced: bool,
+    start_method: str,
 ) -> None:
-    slot = make_slot(address=launcher.address)
+    slot = make_slot(address=launcher.address, start_method=start_method)
     with Background(slot.run, bodies.report_and_wait, mailbox.path, word.path) as call:
         (pid,) = mailbox.read()
         kill_forkserver(launcher)
@@ -179,6 +189,7 @@ def test_a_call_under_way_carries_on_and_returns(
         assert call.result() == (pid, "done")
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("code", [0, 3, -signal.SIGSEGV, -signal.SIGKILL])
 def test_a_child_that_is_lost_without_a_forkserver_is_told_as_well_as_the_kernel_can(
     *, launcher: Launcher, make_slot: MakeSlot, mailbox: Mailbox, word: Word, code: int
@@ -200,10 +211,11 @@ def test_a_child_that_is_lost_without_a_forkserver_is_told_as_well_as_the_kernel
         assert "report_wait_and_leave" in caught.value.crash_traceback
 
 
+@pytest.mark.fault(24)
 def test_a_grandchild_that_holds_the_call_socket_open_does_not_delay_the_verdict_either(
-    *, launcher: Launcher, make_slot: MakeSlot, mailbox: Mailbox, word: Word
+    *, launcher: Launcher, make_slot: MakeSlot, mailbox: Mailbox, word: Word, start_method: str
 ) -> None:
-    slot = make_slot(address=launcher.address)
+    slot = make_slot(address=launcher.address, start_method=start_method)
     body = bodies.report_wait_and_leave_a_daemon
     with Background(slot.run, body, mailbox.path, word.path) as call:
         mailbox.read()
@@ -217,6 +229,7 @@ def test_a_grandchild_that_holds_the_call_socket_open_does_not_delay_the_verdict
             os.kill(daemon, signal.SIGKILL)
 
 
+@pytest.mark.fault(39)
 def test_a_batch_carries_on_without_its_forkserver(launcher: Launcher, make_slot: MakeSlot) -> None:
     slot = make_slot(address=launcher.address, batch_size=3)
     pid = slot.run(os.getpid)
@@ -229,6 +242,7 @@ def test_a_batch_carries_on_without_its_forkserver(launcher: Launcher, make_slot
     assert slot.run(os.getpid) != pid
 
 
+@pytest.mark.fault(39)
 def test_a_new_call_runs_beside_one_whose_forkserver_is_dead(
     *, launcher: Launcher, make_slot: MakeSlot, mailbox: Mailbox, word: Word
 ) -> None:
@@ -244,9 +258,12 @@ def test_a_new_call_runs_beside_one_whose_forkserver_is_dead(
         assert call.result() == (pid, "done")
 
 
+@pytest.mark.fault(51)
 def test_a_stream_of_calls_runs_once_each_while_forkservers_are_killed(
-    launcher: Launcher, make_slot: MakeSlot, tmp_path: Path
+    launcher: Launcher, make_slot: MakeSlot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Without the pauses of those that do not last.
+    monkeypatch.setattr("isolated_tasks.process.launcher.SETTLED_SECONDS", 0.0)
     traces = tmp_path / "traces"
     slot = make_slot(address=launcher.address)
 
@@ -285,13 +302,14 @@ def test_a_forkserver_that_dies_while_it_loads_is_started_again_after_a_while(
     assert 0 < wait <= FIRST_DELAY
     # What killed it is mended, and time has passed.
     (tmp_path / "deadly.py").write_text("")
-    monkeypatch.setattr(launcher._servers[0], "not_before", 0.0)
+    monkeypatch.setattr(launcher._places[0], "not_before", 0.0)
     assert launcher.check() is None
     while not launcher.loaded():
         assert select.select(launcher.descriptors(), [], [], PATIENCE)[0]
         launcher.check()
 
 
+@pytest.mark.fault(41)
 def test_a_forkserver_that_does_not_get_ready_is_an_error_and_can_be_stopped(
     new_launcher: NewLauncher, monkeypatch: pytest.MonkeyPatch, mailbox: Mailbox
 ) -> None:
@@ -304,6 +322,73 @@ def test_a_forkserver_that_does_not_get_ready_is_an_error_and_can_be_stopped(
     launcher.stop()
 
     assert survivors([pid], timeout=0) == set()
+
+
+@pytest.mark.fault(39)
+def test_forkservers_that_die_soon_after_they_have_loaded_are_replaced_with_growing_pauses(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place,) = launcher._places
+    waits = []
+    # Once is no pattern.
+    kill_forkserver(launcher)
+    replace_forkserver(launcher)
+    for _ in range(2):
+        kill_forkserver(launcher)
+        waits.append(launcher.check())
+        assert launcher.pids() == []
+        # The pause is over.
+        place.not_before = 0.0
+        assert launcher.check() is None
+        launcher.wait_loaded(PATIENCE)
+    first, second = waits
+    assert first is not None
+    assert second is not None
+    assert 0 < first <= 2 * FIRST_DELAY < second <= 4 * FIRST_DELAY
+
+    # One that has lasted does not count, nor do those before it.
+    monkeypatch.setattr(launching, "SETTLED_SECONDS", 0.0)
+    for _ in range(3):
+        kill_forkserver(launcher)
+        replace_forkserver(launcher)
+
+
+#: Writes nonsense to the main process when it starts a child, while there is such a file.
+GARBLED = """
+import os
+arguments = open("/proc/self/cmdline").read().split("\\0")
+status = int(arguments[arguments.index("isolated_tasks.process.forkserver") + 2])
+def talk():
+    if os.path.exists({flag!r}):
+        os.write(status, b"GET / HTTP/1.1 Host: nobody")
+os.register_at_fork(after_in_parent=talk)
+"""
+
+
+def test_a_forkserver_that_sends_nonsense_is_replaced_and_takes_nothing_along(
+    *,
+    new_launcher: NewLauncher,
+    make_slot: MakeSlot,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flag = tmp_path / "flag"
+    (tmp_path / "garbled.py").write_text(GARBLED.format(flag=str(flag)))
+    monkeypatch.syspath_prepend(tmp_path)
+    launcher = new_launcher(preload=["garbled"])
+    (before,) = launcher.pids()
+    slot = make_slot(address=launcher.address)
+    flag.touch()
+
+    assert slot.run(abs, -1) == 1
+    flag.unlink()
+    launcher.check()
+
+    assert f"forkserver pid={before} sent nonsense" in caplog.text
+    launcher.wait_loaded(PATIENCE)
+    assert launcher.pids() != [before]
+    assert slot.run(abs, -2) == 2
 
 
 def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +407,9 @@ def test_a_replacement_that_cannot_be_started_is_tried_again_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr("isolated_tasks.process.launcher.SETTLED_SECONDS", 0.0)
     kill_forkserver(launcher)
-    (server,) = launcher._servers
+    (server,) = launcher._places
     waits = []
     with monkeypatch.context() as broken:
         broken.setattr(sys, "executable", "/nonesuch/python")
@@ -357,6 +443,7 @@ def test_a_long_temporary_folder_does_not_make_the_address_too_long(
     assert not os.path.exists(directory)
 
 
+@pytest.mark.fault(36)
 def test_a_fork_of_the_main_process_cannot_stop_or_replace_its_forkserver(
     mailbox: Mailbox,
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from subprocess import Popen
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 
 from harness import bodies
 from harness.processes import (
+    INTERRUPTS,
     Background,
     Interrupted,
     Mailbox,
@@ -57,11 +59,18 @@ def bereave(request: pytest.FixtureRequest, launcher: Launcher) -> Callable[[], 
     return kill_or_not
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("how", bodies.HANGING)
 def test_a_killed_requester_takes_its_child_and_grandchildren_along(
-    launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox, how: str
+    *,
+    launcher: Launcher,
+    bereave: Callable[[], None],
+    mailbox: Mailbox,
+    how: str,
+    start_method: str,
 ) -> None:
-    with program("harness.requester", launcher.address, mailbox.path, how) as requester:
+    arguments = (launcher.address, mailbox.path, how, f"--{start_method}")
+    with program("harness.requester", *arguments) as requester:
         pids = mailbox.read()
         wait_status(pids[0], STATUS[how])
         bereave()
@@ -75,6 +84,7 @@ def test_a_killed_requester_takes_its_child_and_grandchildren_along(
         assert survivors(pids) == set()
 
 
+@pytest.mark.fault(29)
 def test_a_group_that_is_stopped_goes_as_a_whole(
     launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox
 ) -> None:
@@ -90,12 +100,12 @@ def test_a_group_that_is_stopped_goes_as_a_whole(
         assert survivors(pids) == set()
 
 
+@pytest.mark.fault(31)
 def test_a_copy_of_the_requester_does_not_keep_its_child_alive(
-    launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox
+    launcher: Launcher, bereave: Callable[[], None], mailbox: Mailbox, start_method: str
 ) -> None:
-    with program(
-        "harness.requester", launcher.address, mailbox.path, "asleep", "--copy"
-    ) as requester:
+    arguments = (launcher.address, mailbox.path, "asleep", "--copy", f"--{start_method}")
+    with program("harness.requester", *arguments) as requester:
         # The copy and the child report in any order.
         messages = sorted([mailbox.read(), mailbox.read()], key=len)
         (copy,), pids = messages
@@ -109,6 +119,7 @@ def test_a_copy_of_the_requester_does_not_keep_its_child_alive(
             os.kill(copy, signal.SIGKILL)
 
 
+@pytest.mark.fault(30)
 def test_a_requester_that_is_killed_before_its_child_is_born_leaves_none(
     new_launcher: NewLauncher, mailbox: Mailbox
 ) -> None:
@@ -131,9 +142,46 @@ def test_a_requester_that_is_killed_before_its_child_is_born_leaves_none(
     slot.close()
 
 
+# ── the child is faster ─────────────────────────────────────────────────────────────────────────
+
+#: A forkserver that is stopped, once, as soon as it has a child.
+FORKSERVER_IS_SLOW = """
+import os, signal
+original = os.setpgid
+def stop(pid, group):
+    if (pid, group) == (0, 0):
+        return original(pid, group)
+    os.setpgid = original
+    os.kill(os.getpid(), signal.SIGSTOP)
+os.setpgid = stop
+"""
+
+
+@pytest.mark.fault(30)
+def test_a_child_whose_forkserver_has_yet_to_do_anything_goes_with_its_requester(
+    *, new_launcher: NewLauncher, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "forkserver_is_slow.py").write_text(FORKSERVER_IS_SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    launcher = new_launcher(preload=["harness.bodies", "forkserver_is_slow"])
+    (forkserver,) = launcher.pids()
+    with program("harness.requester", launcher.address, mailbox.path, "asleep") as requester:
+        pids = mailbox.read()
+        wait_status(forkserver, psutil.STATUS_STOPPED)
+
+        # The forkserver hears of this later: what ends the child is the lifeline, which is for the
+        # group that it leads.
+        requester.kill()
+
+        assert survivors(pids) == set()
+    os.kill(forkserver, signal.SIGCONT)
+
+
 # ── requesters that live ────────────────────────────────────────────────────────────────────────
 
 
+@INTERRUPTS
+@pytest.mark.fault(35)
 def test_an_exception_that_ends_the_wait_kills_the_child(
     *,
     launcher: Launcher,
@@ -141,8 +189,9 @@ def test_an_exception_that_ends_the_wait_kills_the_child(
     mailbox: Mailbox,
     interrupt: Callable[[], None],
     make_slot: MakeSlot,
+    start_method: str,
 ) -> None:
-    slot = make_slot(address=launcher.address)
+    slot = make_slot(address=launcher.address, start_method=start_method)
     pids: list[int] = []
 
     def wait_and_interrupt() -> None:
@@ -158,6 +207,8 @@ def test_an_exception_that_ends_the_wait_kills_the_child(
     assert slot.run(abs, -1) == 1
 
 
+@INTERRUPTS
+@pytest.mark.fault(35)
 def test_an_exception_while_a_large_argument_is_sent_leaves_no_child(
     *, new_launcher: NewLauncher, interrupt: Callable[[], None], make_slot: MakeSlot
 ) -> None:
@@ -196,6 +247,7 @@ def test_the_lifeline_of_one_child_is_not_that_of_another(
 # ── the main process ────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("ending", ["call", "preload"])
 def test_a_killed_main_process_takes_its_forkserver_and_all_children_along(
     mailbox: Mailbox, ending: str
@@ -215,6 +267,22 @@ def test_a_killed_main_process_takes_its_forkserver_and_all_children_along(
         for name in os.listdir(directory):
             os.unlink(os.path.join(directory, name))
         os.rmdir(directory)
+
+
+def test_what_the_last_child_has_left_goes_before_the_forkserver(mailbox: Mailbox) -> None:
+    with program("harness.owner", mailbox.path, "daemon") as owner:
+        forkserver, _ = mailbox.read()
+        pids = mailbox.read()
+        # So that it finds its main process and its last child gone at the same time.
+        os.kill(forkserver, signal.SIGSTOP)
+        wait_status(forkserver, psutil.STATUS_STOPPED)
+        owner.kill()
+        owner.wait()
+
+        os.kill(forkserver, signal.SIGCONT)
+
+        # The daemon, and its child, which the forkserver inherits only when that is dead.
+        assert survivors([*pids, forkserver]) == set()
 
 
 def test_a_main_process_that_leaves_without_a_word_leaves_nothing_behind(mailbox: Mailbox) -> None:

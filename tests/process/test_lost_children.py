@@ -32,6 +32,7 @@ def lose(slot: Slot, body: Callable[..., object], *args: object) -> ChildLostErr
 # ── how it ended ────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(3, 4)
 @pytest.mark.parametrize("code", [0, 1, 3, 255])
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
 def test_a_body_that_exits_is_lost_with_its_exit_code(
@@ -43,12 +44,14 @@ def test_a_body_that_exits_is_lost_with_its_exit_code(
     assert f"exit code {code}" in str(error)
 
 
-def test_a_body_that_becomes_another_program_is_lost(slot: Slot) -> None:
-    error = lose(slot, bodies.become, "/bin/true")
+@pytest.mark.fault(3)
+def test_a_body_that_becomes_another_program_is_lost(either: Slot) -> None:
+    error = lose(either, bodies.become, "/bin/true")
 
     assert (error.exit_code, error.signal) == (0, None)
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
 def test_a_crash_in_c_is_named_with_the_frames_of_the_body_and_none_of_ours(
     make_slot: MakeSlot, start_method: str
@@ -69,7 +72,7 @@ def test_an_abort_is_named(slot: Slot) -> None:
     assert " in abort" in error.crash_traceback
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGALRM, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_is_named_and_leaves_no_crash_traceback(
     slot: Slot, number: signal.Signals
 ) -> None:
@@ -85,8 +88,20 @@ def test_a_realtime_signal_has_a_name_of_its_own(slot: Slot) -> None:
     assert lose(slot, bodies.kill_myself, number).signal == f"signal {number}"
 
 
+@pytest.mark.fault(2)
 def test_of_a_kill_nobody_claims_to_know_the_reason(slot: Slot) -> None:
     assert "possibly" in str(lose(slot, bodies.kill_myself, signal.SIGKILL))
+
+
+def test_a_child_that_goes_before_the_body_has_begun_has_not_started_it(
+    either: Slot,
+) -> None:
+    error = lose(either, bodies.leave_before_it_begins, 7)
+
+    assert (error.started, error.exit_code) == (False, 7)
+    assert "before the body had begun" in str(error)
+    assert "worker_process_init" in str(error)
+    assert lose(either, bodies.leave, 7).started is True
 
 
 def test_the_error_says_whose_child_it_was_and_what_it_used(make_slot: MakeSlot) -> None:
@@ -128,10 +143,11 @@ def test_the_peak_is_the_child_s_own_and_not_the_forkserver_s(
 # ── when it ended ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(19)
 def test_a_child_killed_half_way_through_its_result_is_lost_and_the_bytes_are_told(
-    slot: Slot,
+    either: Slot,
 ) -> None:
-    error = lose(slot, bodies.die_while_sending, 200 << 20)
+    error = lose(either, bodies.die_while_sending, 200 << 20)
 
     assert error.signal == "SIGKILL"
     here, whole = map(int, re.findall(r"\((\d+) of (\d+) bytes\)", str(error))[0])
@@ -139,43 +155,44 @@ def test_a_child_killed_half_way_through_its_result_is_lost_and_the_bytes_are_to
     assert whole > 200 << 20
 
 
-def test_a_child_that_dies_before_it_has_read_a_large_argument_is_lost(slot: Slot) -> None:
-    # It is loaded in the child, and that is what kills it, with nothing of the array read.
+@pytest.mark.fault(20)
+def test_a_child_that_dies_before_it_has_read_a_large_argument_is_lost(either: Slot) -> None:
+    # It is loaded in the child, and that is what kills it, with nothing of the rest loaded.
     class Deadly:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[int]]:
             return bodies.leave, (3,)
 
-    error = lose(slot, bodies.echo, Deadly(), bytes(50 << 20))
+    error = lose(either, bodies.echo, Deadly(), bytes(100 << 20))
 
     assert error.exit_code == 3
 
 
-def test_a_result_that_kills_while_it_is_pickled_is_a_lost_child(slot: Slot) -> None:
+@pytest.mark.fault(17)
+def test_a_result_that_kills_while_it_is_pickled_is_a_lost_child(either: Slot) -> None:
     class Deadly:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[int]]:
             os._exit(4)
 
-    assert lose(slot, lambda: Deadly()).exit_code == 4
+    assert lose(either, lambda: Deadly()).exit_code == 4
 
 
-def test_a_body_that_closes_all_descriptors_is_lost_and_not_waited_for(slot: Slot) -> None:
-    assert lose(slot, bodies.close_all_descriptors).exit_code not in (None, 0)
+@pytest.mark.fault(12)
+def test_a_body_that_closes_all_descriptors_is_lost_and_not_waited_for(either: Slot) -> None:
+    assert lose(either, bodies.close_all_descriptors).exit_code not in (None, 0)
 
 
 # ── other processes of the body ─────────────────────────────────────────────────────────────────
 
 
-def test_a_grandchild_that_holds_the_call_socket_open_does_not_delay_the_verdict(
-    slot: Slot, mailbox: Mailbox
+@pytest.mark.fault(24, 26)
+def test_a_daemon_that_holds_the_call_socket_open_delays_no_verdict_and_goes(
+    either: Slot, mailbox: Mailbox
 ) -> None:
-    error = lose(slot, bodies.leave_a_daemon, mailbox.path, 3)
+    error = lose(either, bodies.leave_a_daemon, mailbox.path, 3)
 
-    (daemon,) = mailbox.read()
-    try:
-        assert error.exit_code == 3
-    finally:
-        os.kill(daemon, signal.SIGKILL)
-        assert survivors([daemon]) == set()
+    assert error.exit_code == 3
+    # It is in a session of its own, and goes all the same.
+    assert survivors(mailbox.read()) == set()
 
 
 def test_grandchildren_go_with_their_child(forkserver: Launcher) -> None:
@@ -189,12 +206,13 @@ def test_grandchildren_go_with_their_child(forkserver: Launcher) -> None:
     supervisor.close()
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("body", [bodies.fork_and_both_return, bodies.fork_and_the_copy_raises])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_copy_of_the_child_that_comes_back_into_our_code_says_nothing_and_ends(
-    make_slot: MakeSlot, body: Callable[[], tuple[str, int]], batch_size: int
+    make_slot: MakeSlot, body: Callable[[], tuple[str, int]], batch_size: int, start_method: str
 ) -> None:
-    slot = make_slot(batch_size=batch_size)
+    slot = make_slot(batch_size=batch_size, start_method=start_method)
 
     assert slot.run(body) == ("original", 0)
     assert slot.run(body) == ("original", 0)
@@ -203,26 +221,36 @@ def test_a_copy_of_the_child_that_comes_back_into_our_code_says_nothing_and_ends
 # ── noise ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_garbage_on_stdout_and_stderr_is_no_outcome(slot: Slot) -> None:
-    assert slot.run(bodies.write_garbage) == "fine"
+@pytest.mark.fault(12, 23)
+def test_garbage_on_stdout_and_stderr_is_no_outcome(either: Slot) -> None:
+    assert either.run(bodies.write_garbage) == "fine"
 
 
-def test_garbage_on_the_call_socket_fails_its_own_call(slot: Slot) -> None:
-    with pytest.raises(ProtocolError):
-        slot.run(bodies.talk_nonsense)
+@pytest.mark.fault(12)
+def test_garbage_on_the_call_socket_fails_its_own_call(either: Slot) -> None:
+    with pytest.raises(ChildLostError, match="sent what is not a message") as caught:
+        either.run(bodies.talk_nonsense)
 
-    assert slot.run(abs, -1) == 1
+    error = caught.value
+    assert error.started is True
+    # Killed, or gone by itself before.
+    assert error.exit_code is not None
+    assert error.peak_rss_bytes
+    assert "must not touch descriptors" in str(error)
+    assert either.run(abs, -1) == 1
 
 
+@pytest.mark.fault(12)
 def test_garbage_and_the_end_together_fail_their_own_call(slot: Slot) -> None:
     # Whichever of the two is seen first.
     for _ in range(20):
-        with pytest.raises((ProtocolError, ChildLostError)):
+        with pytest.raises(ChildLostError):
             slot.run(bodies.talk_nonsense_and_leave, 3)
 
     assert slot.run(abs, -1) == 1
 
 
+@pytest.mark.fault(12, 48)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_outcome_stands_whatever_comes_after_it(make_slot: MakeSlot, batch_size: int) -> None:
     slot = make_slot(batch_size=batch_size)

@@ -1,8 +1,12 @@
 """What a forkserver loads, and what it says about that."""
 
+import importlib.util
 import logging
 import os
+import select
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 
 import isolated_tasks
 from harness import bodies
-from harness.processes import Slot, survivors
+from harness.processes import PATIENCE, Slot, survivors, wait_gone
 from isolated_tasks.errors import ForkserverError
 from isolated_tasks.process.launcher import Launcher
 
@@ -150,6 +154,7 @@ def test_a_set_up_that_fails_is_told_and_is_the_error_of_each_call_that_is_spawn
 # ── what fails ──────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(
     ("source", "error"),
     [
@@ -185,6 +190,7 @@ def test_a_preload_that_fails_is_told_with_its_traceback_and_the_rest_is_loaded(
     assert is_well(launcher)
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(
     "death",
     ["os._exit(0)", "os._exit(3)", "os.kill(os.getpid(), 9)", "import ctypes; ctypes.string_at(0)"],
@@ -209,6 +215,7 @@ threading.Thread(target=stop.wait, name="the-culprit", daemon=True).start()
 """
 
 
+@pytest.mark.fault(41)
 def test_a_preload_that_leaves_a_thread_is_named_with_the_thread(
     new_launcher: NewLauncher, make_module: MakeModule, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -253,6 +260,7 @@ def test_a_preload_that_initialises_cuda_is_named(
     assert ("loading model initialised CUDA" in caplog.text) == is_initialized
 
 
+@pytest.mark.fault(41)
 def test_a_file_that_a_preload_opens_is_open_in_children_and_nothing_else_is(
     new_launcher: NewLauncher, make_module: MakeModule, make_slot: MakeSlot
 ) -> None:
@@ -263,10 +271,13 @@ def test_a_file_that_a_preload_opens_is_open_in_children_and_nothing_else_is(
     descriptors = slot.run(bodies.descriptors)
 
     assert sum(target.endswith("opens.py") for target in descriptors.values()) == 1
-    assert len(descriptors) == 7
+    # The standard streams, that file, the worker's stderr and the pipe that stands in for it, the
+    # call socket, the lifeline and the crash report.
+    assert len(descriptors) == 9
     assert slot.run(lambda: __import__("opens").file.read()) == "file = open(__file__)"
 
 
+@pytest.mark.fault(41)
 def test_signal_handlers_of_a_preload_are_nobody_s_business(
     new_launcher: NewLauncher, make_module: MakeModule, make_slot: MakeSlot
 ) -> None:
@@ -285,10 +296,12 @@ def test_signal_handlers_of_a_preload_are_nobody_s_business(
 
     assert {name for name, value in dispositions.items() if value != "SIG_DFL"} == {
         *("SIGINT", "SIGPIPE", "SIGXFSZ"),
+        *("SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1"),
     }
     assert slot.run(bodies.signal_masks)["SigBlk"] == 0
 
 
+@pytest.mark.fault(41)
 def test_processes_of_a_preload_confuse_nobody(
     new_launcher: NewLauncher, make_module: MakeModule, make_slot: MakeSlot
 ) -> None:
@@ -310,6 +323,184 @@ def test_processes_of_a_preload_confuse_nobody(
         assert survivors([stays]) == set()
 
 
+#: Preloads that start a process, by a fork, which holds what the forkserver has open.
+FORKING = {
+    "os.fork": """
+import os, signal
+helper = os.fork()
+while helper == 0:
+    signal.pause()
+""",
+    "multiprocessing": """
+import multiprocessing, signal
+def stay():
+    while True:
+        signal.pause()
+process = multiprocessing.get_context("fork").Process(target=stay, daemon=True)
+process.start()
+helper = process.pid
+""",
+}
+
+
+@pytest.fixture(params=FORKING)
+def forking(
+    request: pytest.FixtureRequest, new_launcher: NewLauncher, make_module: MakeModule
+) -> Launcher:
+    """A forkserver whose preload has forked a process that stays."""
+    make_module("forking", FORKING[request.param])
+    return new_launcher(preload=["forking", "harness.bodies"])
+
+
+def helper_of(slot: Slot) -> int:
+    helper: int = slot.run(lambda: __import__("forking").helper)
+    return helper
+
+
+@pytest.mark.fault(39, 41)
+def test_what_a_preload_has_forked_does_not_hide_the_death_of_its_forkserver(
+    forking: Launcher, make_slot: MakeSlot
+) -> None:
+    slot = make_slot(address=forking.address)
+    helper = helper_of(slot)
+    slot.close()
+    (before,) = forking.pids()
+    try:
+        os.kill(before, signal.SIGKILL)
+
+        # Long before anybody finds that it does not answer.
+        assert select.select(forking.descriptors(), [], [], forking.plan.patience / 4)[0]
+        forking.check()
+        assert forking.pids() != [before]
+        forking.wait_loaded(PATIENCE)
+        assert slot.run(os.getppid) != before
+    finally:
+        # Nobody is left who could.
+        os.kill(helper, signal.SIGKILL)
+    wait_gone([helper])
+
+
+FORKED_IN_C = """
+import ctypes, signal
+helper = ctypes.PyDLL(None).fork()
+while helper == 0:
+    signal.pause()
+"""
+
+
+@pytest.mark.fault(41)
+def test_a_forkserver_that_is_killed_for_its_silence_is_replaced_whoever_holds_its_socket(
+    new_launcher: NewLauncher, make_module: MakeModule, make_slot: MakeSlot
+) -> None:
+    # What C forks does not hear of what Python has for forks.
+    make_module("forking", FORKED_IN_C)
+    launcher = new_launcher(preload=["forking"], patience=0.5)
+    slot = make_slot(address=launcher.address)
+    helper = helper_of(slot)
+    slot.close()
+    (before,) = launcher.pids()
+    try:
+        os.kill(before, signal.SIGSTOP)
+        # It is asked, it is killed, it is seen to be gone.
+        deadline = time.monotonic() + PATIENCE
+        while launcher.pids() == [before]:
+            assert time.monotonic() < deadline, "it is not replaced"
+            select.select(launcher.descriptors(), [], [], 0.05)
+            launcher.check()
+
+        launcher.wait_loaded(PATIENCE)
+        assert slot.run(os.getppid) != before
+    finally:
+        os.kill(helper, signal.SIGKILL)
+    wait_gone([before, helper])
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("end", ["stopped", "replaced"])
+def test_what_a_preload_has_forked_lives_as_long_as_its_forkserver_and_no_longer(
+    forking: Launcher, make_slot: MakeSlot, end: str
+) -> None:
+    slot = make_slot(address=forking.address)
+    helper = helper_of(slot)
+    (before,) = forking.pids()
+    # It is there for all of them.
+    slot.run(abs, -1)
+    slot.close()
+    assert survivors([helper], timeout=0) == {helper}
+
+    if end == "stopped":
+        forking.stop()
+    else:
+        forking.replace("a test wants it", at_once=True)
+        forking.wait_loaded(PATIENCE)
+        wait_gone([before])
+        assert helper_of(slot) != helper
+
+    assert survivors([helper]) == set()
+
+
+SHELL = """
+import subprocess
+shell = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE)
+processes = [shell.pid, int(shell.stdout.readline())]
+"""
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("end", ["stopped", "replaced"])
+def test_what_a_preload_has_started_goes_with_all_that_it_has_started_itself(
+    new_launcher: NewLauncher, make_module: MakeModule, make_slot: MakeSlot, end: str
+) -> None:
+    make_module("shell", SHELL)
+    launcher = new_launcher(preload=["shell"])
+    slot = make_slot(address=launcher.address)
+    processes = slot.run(lambda: __import__("shell").processes)
+    slot.close()
+
+    if end == "stopped":
+        launcher.stop()
+    else:
+        launcher.replace("a test wants it", at_once=True)
+        launcher.wait_loaded(PATIENCE)
+
+    assert survivors(processes) == set()
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("how", FORKING)
+def test_the_helper_of_a_preload_is_no_concern_of_exit_hooks(
+    *,
+    new_launcher: NewLauncher,
+    make_module: MakeModule,
+    make_slot: MakeSlot,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    how: str,
+) -> None:
+    trace = tmp_path / "trace"
+    make_module("forking", FORKING[how])
+    launcher = new_launcher(preload=["forking", "harness.bodies"])
+    slot = make_slot(address=launcher.address)
+
+    slot.run(bodies.register, bodies.append, str(trace), "the hook")
+    slot.close()
+
+    assert trace.read_text() == "the hook\n"
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_body_forks_keeps_all_descriptors_of_it(
+    new_launcher: NewLauncher, make_slot: MakeSlot
+) -> None:
+    slot = make_slot(address=new_launcher(preload=["harness.bodies"]).address)
+
+    opened, kept_by_generation = slot.run(bodies.fork_with_open_files, 100)
+
+    # So many that some have the numbers of what the forkserver keeps from forks.
+    assert kept_by_generation == [opened, opened]
+
+
+@pytest.mark.fault(41)
 def test_a_preload_that_prints_is_heard(
     capfd: pytest.CaptureFixture[str], new_launcher: NewLauncher, make_module: MakeModule
 ) -> None:
@@ -336,7 +527,9 @@ def test_a_preload_that_patches_the_standard_library_is_borne(
     package: str,
     patch: str,
 ) -> None:
-    pytest.importorskip(package)
+    # Not imported here: eventlet would have each fork of this process warn from then on.
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no {package}")
     make_module("patches", patch)
 
     launcher = new_launcher(preload=["patches"])

@@ -13,7 +13,7 @@ import pytest
 from celery import Celery
 
 from isolated_tasks import errors
-from isolated_tasks.errors import IsolationError
+from isolated_tasks.errors import IsolationError, OutOfMemoryError
 
 CLASSES: list[type[IsolationError]] = [getattr(errors, name) for name in errors.__all__]
 
@@ -38,12 +38,12 @@ def contents(error: IsolationError) -> tuple[object, ...]:
 
 
 def test_the_tree_is_that_of_the_docstring() -> None:
-    drawn = re.findall(r"^    (?:[├└]── )?(\w+Error)\b", errors.__doc__ or "", re.MULTILINE)
+    drawn = re.findall(r"^    (?:[│├└─ ]*)(\w+)  +\S", errors.__doc__ or "", re.MULTILINE)
     below_root = [cls.__name__ for cls in CLASSES if cls is not IsolationError]
 
     assert drawn[0] == "IsolationError"
     assert sorted(drawn[1:]) == sorted(below_root)
-    assert {cls.__bases__[0] for cls in CLASSES} == {Exception, IsolationError}
+    assert {cls.__bases__[0] for cls in CLASSES} == {Exception, IsolationError, OutOfMemoryError}
     assert IsolationError.__bases__ == (Exception,)
 
 
@@ -53,7 +53,7 @@ def test_a_second_base_is_one_that_the_docstring_names() -> None:
         (cls.__name__, base.__name__)
         for cls in CLASSES
         for base in cls.__bases__
-        if base not in (IsolationError, Exception)
+        if base not in (IsolationError, OutOfMemoryError, Exception, errors._EndedChild)
     ]
 
     assert have == drawn == [("OptionError", "ValueError")]
@@ -63,7 +63,7 @@ def test_every_class_of_the_module_is_exported_and_has_a_docstring() -> None:
     defined = [
         name
         for name, value in vars(errors).items()
-        if inspect.isclass(value) and value.__module__ == errors.__name__
+        if inspect.isclass(value) and value.__module__ == errors.__name__ and name[0] != "_"
     ]
 
     assert sorted(errors.__all__) == sorted(defined)
@@ -105,7 +105,10 @@ def test_the_data_are_attributes_and_the_message_is_the_text(cls: type[Isolation
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_field_is_described(cls: type[IsolationError]) -> None:
-    assert set(cls.fields) <= set(inspect.get_annotations(cls))
+    described = [inspect.get_annotations(one) for one in (cls, errors._EndedChild)]
+
+    assert set(cls.fields) <= set().union(*described)
+    assert set(described[1]) <= set(cls.fields) or not issubclass(cls, errors._EndedChild)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

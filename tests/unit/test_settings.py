@@ -12,10 +12,13 @@ from isolated_tasks.process.options import ProcessOptions
 from isolated_tasks.settings import (
     SETTINGS,
     TASK_OPTIONS,
+    MemoryStep,
     WorkerSettings,
     check_settings,
     is_isolated,
+    memory_ladder,
     process_options,
+    result_codec,
     worker_settings,
 )
 
@@ -58,6 +61,13 @@ VALUES: list[tuple[str, str, Any, Any]] = [
     ("batch_size", "batch_size", 7, 8),
     ("batch_idle_timeout", "batch_idle_timeout", 0.5, 2.0),
     ("batch_memory_limit", "batch_memory_limit_bytes", 1000, 2000),
+    ("memory_limit", "memory_limit_bytes", 1000, 2000),
+    ("soft_memory_limit", "soft_memory_limit_bytes", 1000, 2000),
+    ("cpu_time_limit", "cpu_time_limit", 1, 2),
+    ("nice", "nice", 5, 10),
+    ("max_open_files", "max_open_files", 64, 128),
+    ("keep_children", "keep_children", True, False),
+    ("max_result_bytes", "max_result_bytes", 1 << 20, 1 << 21),
     ("start_method", "start_method", "spawn", "forkserver"),
     ("env", "env", {"A": "1"}, {"B": "2"}),
 ]
@@ -69,7 +79,29 @@ def test_the_defaults_are_those_of_the_process_options(make_task: MakeTask) -> N
 
 def test_every_option_of_a_task_is_an_attribute_of_the_base_class() -> None:
     assert all(name in vars(IsolatedMixin) for name in TASK_OPTIONS)
-    assert {name for name, *_ in VALUES} | {"isolated"} == set(TASK_OPTIONS)
+    assert {name for name, *_ in VALUES} | {"isolated", "result_serializer"} == set(TASK_OPTIONS)
+
+
+def test_a_result_serializer_has_outcomes_sent_as_plain_data(
+    app: Celery, make_task: MakeTask
+) -> None:
+    task = make_task()
+    assert (result_codec(task), process_options(task).plain_outcomes) == (None, False)
+
+    app.conf.isolated_result_serializer = "json"
+
+    assert result_codec(task) == ("application/json", "utf-8")
+    assert process_options(task).plain_outcomes
+
+
+@pytest.mark.parametrize("name", ["pickle", "nonesuch", 7])
+def test_a_result_serializer_that_there_is_not_is_refused(
+    make_task: MakeTask, name: object
+) -> None:
+    with pytest.raises(OptionError, match="result_serializer") as caught:
+        make_task(result_serializer=name)
+
+    assert (caught.value.task, caught.value.value) == ("tasks.render", repr(name))
 
 
 @pytest.mark.parametrize(("option", "attribute", "value", "_"), VALUES)
@@ -186,7 +218,8 @@ BAD: list[tuple[str, Any]] = [
     *(
         ("batch_memory_limit", value)
         for value in [
-            *(0, -1, 1.5, True, b"1GiB", [1], math.inf),
+            *(0, -1, 1.5, True, b"1GiB", [1], math.inf, "12 parsecs"),
+            *(2**63, "8388608TiB", "1" + "0" * 400),
             *(
                 "",
                 "big",
@@ -203,6 +236,18 @@ BAD: list[tuple[str, Any]] = [
             ),
         ]
     ),
+    *(("soft_memory_limit", value) for value in [0, -1, "12 parsecs", "-1GiB", True, [1]]),
+    *(
+        ("memory_limit", value)
+        for value in [
+            *(0, -1, 1.5, True, "12 parsecs", (), [], {}),
+            *(("1GiB", "1GiB"), ("2GiB", "1GiB"), ("1GiB", "12 parsecs"), ("1GiB", "large")),
+            *(("1GiB", ("2GiB",)), ("1GiB", ("2GiB", 7)), ("1GiB", ("2GiB", "")), ("1GiB", None)),
+        ]
+    ),
+    *(("cpu_time_limit", value) for value in [0, -1, 1.5, "12 parsecs", True]),
+    *(("nice", value) for value in [-1, 20, 1.5, "5", True]),
+    *(("max_open_files", value) for value in [0, 15, -1, 64.0, "64", True]),
     *(("batch_size", value) for value in [0, -1, 1.5, "2", True]),
     *(("batch_idle_timeout", value) for value in [0, -1, math.nan, math.inf, "5", True]),
     *(("start_method", value) for value in ["fork", "", 1]),
@@ -241,6 +286,61 @@ def test_a_bad_value_is_refused_when_the_task_is_made(app: Celery) -> None:
         def render() -> None: ...
 
 
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"time_limit": "12 parsecs"}, "time_limit"),
+        ({"time_limit": -1}, "time_limit"),
+        ({"soft_time_limit": -0.5}, "soft_time_limit"),
+        ({"soft_time_limit": math.nan}, "soft_time_limit"),
+        ({"soft_time_limit": 3, "time_limit": 2}, "soft_time_limit"),
+        ({"soft_memory_limit": "3GiB", "memory_limit": "2GiB"}, "soft_memory_limit"),
+        ({"soft_memory_limit": "2GiB", "memory_limit": ("1GiB", "4GiB")}, "soft_memory_limit"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused_when_the_task_is_made(
+    make_task: MakeTask, options: dict[str, Any], option: str
+) -> None:
+    error = refusal(lambda: make_task(**options))
+
+    assert (error.task, error.option) == ("tasks.render", option)
+    assert error.value == repr(options[option])
+    assert "\n" not in str(error)
+
+
+def test_a_time_limit_of_nothing_is_none_as_with_celery(make_task: MakeTask) -> None:
+    make_task(time_limit=0, soft_time_limit=0)
+
+
+def test_limits_may_be_equal(make_task: MakeTask) -> None:
+    make_task(time_limit=2, soft_time_limit=2, memory_limit="1GiB", soft_memory_limit="1GiB")
+
+
+# ── the memory ladder ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_memory_limit_may_be_a_ladder(make_task: MakeTask) -> None:
+    task = make_task(memory_limit=["1GiB", 3 << 30, ("16GiB", "large")])
+
+    assert memory_ladder(task) == (
+        MemoryStep(1 << 30),
+        MemoryStep(3 << 30),
+        MemoryStep(16 << 30, "large"),
+    )
+    limits = [process_options(task, step=step).memory_limit_bytes for step in range(4)]
+    assert limits == [1 << 30, 3 << 30, 16 << 30, 16 << 30]
+
+
+def test_the_app_may_have_a_memory_limit_for_all(app: Celery, make_task: MakeTask) -> None:
+    app.conf.isolated_memory_limit = "1GiB"
+
+    task = make_task()
+
+    assert memory_ladder(task) == (MemoryStep(1 << 30),)
+    task.memory_limit = "2GiB"
+    assert memory_ladder(task) == (MemoryStep(2 << 30),)
+
+
 # ── the app's own settings ──────────────────────────────────────────────────────────────────────
 
 
@@ -263,6 +363,11 @@ def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
         ("isolated_worker_process_init", False, "worker_process_init", False),
         ("isolated_boot_timeout", 7, "boot_timeout", 7.0),
         ("isolated_start_timeout", 0.5, "start_timeout", 0.5),
+        ("isolated_term_grace", 2, "term_grace", 2.0),
+        ("isolated_memory_budget", "1GiB", "memory_budget", 1 << 30),
+        ("isolated_memory_budget", 1000, "memory_budget", 1000),
+        ("isolated_memory_budget", "auto", "memory_budget", "auto"),
+        ("isolated_max_redeliveries", 0, "max_redeliveries", 0),
     ],
 )
 def test_a_setting_of_the_worker_is_read(
@@ -280,9 +385,18 @@ def test_a_setting_of_the_worker_is_read(
         *(("isolated_forkservers", value) for value in [0, -1, 1.0, "2", True]),
         *(
             (setting, value)
-            for setting in ("isolated_boot_timeout", "isolated_start_timeout")
+            for setting in (
+                "isolated_boot_timeout",
+                "isolated_start_timeout",
+                "isolated_term_grace",
+            )
             for value in [0, -1, "60", True, math.nan, math.inf, 1e300]
         ),
+        *(
+            ("isolated_memory_budget", value)
+            for value in [0, -1, "12 parsecs", "all", True, 1.5, 2**63]
+        ),
+        *(("isolated_max_redeliveries", value) for value in [-1, "3", 1.5, True]),
     ],
     ids=repr,
 )
@@ -294,6 +408,16 @@ def test_a_bad_setting_of_the_worker_gives_one_error_that_names_it(
     error = refusal(lambda: worker_settings(app))
 
     assert (error.task, error.option, error.value) == (None, setting, repr(value))
+
+
+def test_a_memory_budget_is_for_one_forkserver(app: Celery) -> None:
+    app.conf.isolated_memory_budget = "1GiB"
+    app.conf.isolated_forkservers = 2
+
+    error = refusal(lambda: worker_settings(app))
+
+    assert error.option == "isolated_memory_budget"
+    assert "isolated_forkservers" in str(error)
 
 
 def test_the_start_timeout_of_the_app_is_that_of_its_processes(

@@ -20,6 +20,7 @@ def app() -> Iterator[Celery]:
     assert psutil.Process().children() == before
 
 
+@pytest.mark.fault(14)
 def test_an_argument_that_cannot_be_pickled_starts_no_process(app: Celery) -> None:
     @app.task(name="tasks.render", shared=False, base=IsolatedTask)
     def render(document: object, options: dict[str, object]) -> None: ...
