@@ -103,6 +103,15 @@ def test_a_lost_child_fails_where_a_lost_slot_would(running: Worker, path: Path)
     assert path.read_text() == "begun\n"
 
 
+def test_the_loss_of_another_call_s_child_is_an_error_like_any_other(
+    running: Worker, path: Path
+) -> None:
+    with pytest.raises(ChildLostError, match="another call's"):
+        call(running, "ask_who_dies", str(path)).get(timeout=TIMEOUT)
+    call(running, "slot_pid").get(timeout=TIMEOUT)
+    assert path.read_text() == "asked\n"
+
+
 # ── errbacks ────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -20,6 +20,7 @@ def get(running: Worker, task: str, *args: Any) -> Any:
     return running.call(task, *args).get(timeout=TIMEOUT)
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_preload_that_crashes_keeps_the_worker_from_starting_and_is_named(
     worker: StartWorker, pool: str
@@ -36,6 +37,7 @@ def test_a_preload_that_crashes_keeps_the_worker_from_starting_and_is_named(
     assert " ready." not in running.log()
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_preload_that_hangs_keeps_the_worker_from_starting_and_is_named(
     worker: StartWorker, pool: str
@@ -54,6 +56,7 @@ def test_a_preload_that_hangs_keeps_the_worker_from_starting_and_is_named(
     assert " ready." not in running.log()
 
 
+@pytest.mark.fault(41)
 def test_a_preload_that_does_not_exist_is_reported_and_left_out(worker: StartWorker) -> None:
     running = worker("own_call", conf={"isolated_preload": "no_such_module, preload_well"})
 

@@ -81,3 +81,16 @@ def test_the_frames_of_a_traceback_have_no_local_variables(
 def test_a_body_has_the_main_thread_of_its_process(running: Worker) -> None:
     assert get(running, "plain_is_main_thread") == running.pool.startswith("prefork")
     assert get(running, "is_main_thread")
+
+
+def test_a_thread_may_stay_for_a_whole_batch_if_the_process_had_it_before(running: Worker) -> None:
+    (first, found), (second, left) = (get(running, "threads_in_batch") for _ in range(2))
+
+    assert first == second
+    assert "the service" in found
+    assert left == found
+    third, _ = get(running, "threads_in_batch", "a body's own")
+    fourth, after = get(running, "threads_in_batch")
+    assert third == first
+    assert fourth != third
+    assert after == found

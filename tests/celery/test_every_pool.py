@@ -169,6 +169,7 @@ def test_the_cause_of_an_exception_is_in_its_traceback(running: Combination) -> 
     assert '    raise ValueError("the effect") from exc' in effect
 
 
+@pytest.mark.fault(16)
 def test_an_exception_that_does_not_unpickle_arrives_as_from_a_plain_task(
     running: Combination,
 ) -> None:
@@ -183,6 +184,7 @@ def test_an_exception_that_does_not_unpickle_arrives_as_from_a_plain_task(
     assert '    raise Trouble("here", "badly")' in result.traceback
 
 
+@pytest.mark.fault(15)
 def test_what_cannot_be_pickled_is_named_with_its_path(running: Combination) -> None:
     result = running.call("run", "lock_inside")
 
@@ -195,6 +197,7 @@ def test_what_cannot_be_pickled_is_named_with_its_path(running: Combination) -> 
 # ── lost children ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.fault(1, 2, 3)
 @pytest.mark.parametrize(
     ("how", "exit_code", "signal"),
     [("SIGSEGV", -11, "SIGSEGV"), ("SIGKILL", -9, "SIGKILL"), ("os._exit(0)", 0, None)],
@@ -205,7 +208,8 @@ def test_a_lost_child_is_an_error_that_says_how(
     result = running.call("die_here", mailbox.path, how)
     (pid,) = mailbox.read()
 
-    with pytest.raises(ChildLostError, match=rf"isolated\.die_here': child pid={pid} ") as caught:
+    title = rf"task 'isolated\.die_here'\[{result.id}\]"
+    with pytest.raises(ChildLostError, match=rf"{title}: child pid={pid} ") as caught:
         result.get(timeout=TIMEOUT)
 
     error = caught.value
@@ -237,6 +241,7 @@ def test_errbacks_hear_of_a_lost_child_once(running: Combination, tmp_path: Path
     assert path.read_text() == "ChildLostError\n"
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(
     ("name", "error"),
     [

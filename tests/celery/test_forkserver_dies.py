@@ -42,6 +42,7 @@ def parent(worker: Worker) -> int:
     return pid
 
 
+@pytest.mark.fault(39)
 def test_calls_run_on_the_next_forkserver(worker: StartWorker, pool: str) -> None:
     running = worker("isolated", pool=pool)
     (first,) = forkservers(running)
@@ -59,6 +60,7 @@ def test_calls_run_on_the_next_forkserver(worker: StartWorker, pool: str) -> Non
     assert parent(running) not in (first, second)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize(("pool", "batch"), CASES)
 def test_a_call_under_way_returns(
     worker: StartWorker, mailbox: Mailbox, word: Word, *, pool: str, batch: bool
@@ -138,6 +140,7 @@ def test_a_child_without_its_forkserver_still_goes_with_its_requester(
         shutil.rmtree(folder)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_child_without_its_forkserver_is_lost_like_any_other(
     worker: StartWorker, pool: str, mailbox: Mailbox, word: Word
@@ -156,6 +159,7 @@ def test_a_child_without_its_forkserver_is_lost_like_any_other(
     assert parent(running) != forkserver
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
 def test_a_request_that_the_forkserver_has_not_taken_goes_to_the_next(
     worker: StartWorker, pool: str, workplace: Workplace
@@ -173,6 +177,20 @@ def test_a_request_that_the_forkserver_has_not_taken_goes_to_the_next(
     # That one is watched too, also if it was the slot that has started it.
     kill(second)
     assert len(forkservers(running, 3)) == 3
+
+
+@pytest.mark.fault(43)
+def test_a_forkserver_that_stays_stopped_is_replaced(worker: StartWorker) -> None:
+    # A third of this, and no less than 10 s, is what a forkserver gets to answer.
+    running = worker("isolated", pool="prefork", conf={"isolated_start_timeout": 30})
+    (forkserver,) = forkservers(running)
+    os.kill(forkserver, signal.SIGSTOP)
+    result = running.call("isolated.run", "ids")
+
+    second = forkservers(running, 2)[1]
+
+    assert result.get(timeout=30)["parent"] == second
+    assert survivors([forkserver]) == set()
 
 
 def wait_connected(folder: Path) -> None:

@@ -75,6 +75,7 @@ def run_script(name: str, *args: str, workplace: Workplace) -> tuple[int, Any, s
     return ran.returncode, json.loads(ran.stdout), ran.stderr
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize(("end", "exit_code"), [("returning", 0), ("raising", 1), ("killed", -9)])
 def test_eager_calls_are_isolated_if_they_shall_be(
     workplace: Workplace, end: str, exit_code: int

@@ -104,12 +104,46 @@ def test_a_body_logs_what_and_where_a_plain_one_does(logged: Logged, task: str) 
     assert any("by the task logger" in line for lines in plain.values() for line in lines)
     assert any("printed" in line for lines in plain.values() for line in lines)
     assert not any("too quiet" in line for lines in plain.values() for line in lines)
-    # What the slot says about the call itself may come later than the result.
-    assert without_the_last_word(isolated) == without_the_last_word(plain)
+    assert by_source(isolated) == by_source(plain)
 
 
-def without_the_last_word(written: dict[str, list[str]]) -> dict[str, list[str]]:
+def by_source(written: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What the body has written, in its order.
+
+    What the slot says about the call itself may come later than the result. And what goes to stdout
+    itself does not wait for what a pipe takes to stderr; the terminal here is both.
+    """
     return {
-        name: [line for line in lines if " succeeded in " not in line and " received" not in line]
+        name: sorted(
+            (line for line in lines if " succeeded in " not in line and " received" not in line),
+            key=lambda line: line != "WORD: printed",
+        )
         for name, lines in written.items()
     }
+
+
+# ── what is said of a batch ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("body", "argument", "why"),
+    [
+        ("hold", 200 << 20, r"2\d\d MiB of memory"),
+        ("change_the_process", "umask", r"another umask \(031\)"),
+    ],
+    ids=["memory", "umask"],
+)
+def test_why_a_process_serves_no_further_call_of_its_batch_is_in_the_worker_s_log(
+    worker: Callable[..., Worker], body: str, argument: object, why: str
+) -> None:
+    running = worker("isolated", conf={"isolated_batch_memory_limit": 200 << 20})
+
+    pid = running.call("isolated.run_in_batch", body, argument).get(timeout=TIMEOUT)
+    after = running.call("isolated.run_in_batch", "ids").get(timeout=TIMEOUT)["pid"]
+
+    line = (
+        rf"WARNING/\S+\] child pid={pid} task=isolated\.run_in_batch serves no further call of its "
+        rf"batch: it was left with {why}\n"
+    )
+    assert len(re.findall(line, running.wait_for_log(line).string)) == 1
+    assert after != pid

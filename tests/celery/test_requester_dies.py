@@ -45,6 +45,7 @@ def forkserver_pid(worker: Worker) -> int:
     return int(worker.wait_for_log(r"forkserver pid=(\d+) loaded")[1])
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize(("pool", "how"), CASES)
 def test_a_killed_worker_takes_its_bodies_along(
     workplace: Workplace, mailbox: Mailbox, pool: str, how: str
@@ -62,6 +63,7 @@ def test_a_killed_worker_takes_its_bodies_along(
     assert survivors([forkserver]) == set()
 
 
+@pytest.mark.fault(29)
 def test_killed_pool_processes_take_their_bodies_along(
     workplace: Workplace, mailbox: Mailbox
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_worker_of_the_same_name_starts_where_one_was_killed(
     assert second.call("isolated.run", "echo", 2).get(timeout=30) == [[2], {}]
 
 
+@pytest.mark.fault(34)
 def test_a_pool_process_that_is_told_to_end_ends_its_body(
     workplace: Workplace, mailbox: Mailbox
 ) -> None:

@@ -24,7 +24,9 @@ class Project:
     def __init__(self, workplace: Any, pool: str) -> None:
         self.database = workplace.folder / "db.sqlite3"
         self._migrate(workplace)
-        self.worker = workplace.start("django_tasks", pool=pool, backend="django-db")
+        # The caller has no Django, and need not read results.
+        client = workplace.app(workplace.settings())
+        self.worker = workplace.start("django_tasks", pool=pool, backend="django-db", app=client)
 
     def result(self, task: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a task; return the row of its result."""

@@ -37,7 +37,7 @@ def test_a_users_suite_passes(workplace: Any, tmp_path: Path, broker: str, pool:
         ],
         env={
             **os.environ,
-            **workplace.settings({}).environ(),
+            **workplace.settings().environ(),
             **(in_memory if broker == "memory" else {}),
             "POOL": pool,
             "TMPDIR": str(workplace.temporary),

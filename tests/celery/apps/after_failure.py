@@ -9,7 +9,7 @@ from celery import Task
 
 from harness import bodies
 from harness.app import make_app
-from isolated_tasks import IsolatedTask, OutOfMemoryError
+from isolated_tasks import ChildLostError, IsolatedTask, OutOfMemoryError
 
 app = make_app(__name__)
 
@@ -73,6 +73,13 @@ def die_unless_redelivered(self: Task, path: str) -> str:
     if not redelivered:
         kill_myself()
     return "done"
+
+
+@app.task(base=IsolatedTask, acks_late=True, reject_on_worker_lost=True)
+def ask_who_dies(path: str) -> NoReturn:
+    """Fail as by the result of another call."""
+    bodies.append(path, "asked")
+    raise ChildLostError("another call's child is lost", {"task": "another"})
 
 
 @app.task(base=IsolatedTask, bind=True, retry_on_worker_lost=True, default_retry_delay=0)

@@ -9,6 +9,7 @@ from celery import Task, signals
 
 from harness.app import make_app
 from isolated_tasks import IsolatedTask
+from isolated_tasks.signals import isolated_process_init
 
 app = make_app(__name__)
 
@@ -106,6 +107,19 @@ def plain_is_main_thread() -> bool:
 @app.task(base=IsolatedTask)
 def is_main_thread() -> bool:
     return _is_main_thread()
+
+
+@isolated_process_init.connect
+def _start_thread(**_: Any) -> None:
+    # For ever: it is a daemon, as those are that have a process of their own to look after.
+    threading.Thread(target=threading.Event().wait, name="the service", daemon=True).start()
+
+
+@app.task(base=IsolatedTask, batch_size=3)
+def threads_in_batch(start: str | None = None) -> tuple[int, list[str]]:
+    if start is not None:
+        threading.Thread(target=threading.Event().wait, name=start, daemon=True).start()
+    return os.getpid(), sorted(thread.name for thread in threading.enumerate())
 
 
 @signals.task_failure.connect

@@ -60,7 +60,8 @@ def _talk(word: str) -> None:
     task_logger.info("%s: by the task logger", word)
     task_logger.debug("%s: too quiet", word)
     other_logger.warning("%s: by another logger", word)
-    print(f"{word}: printed")
+    # At once, also where stdout has no buffer: else a line from elsewhere may come in between.
+    sys.stdout.write(f"{word}: printed\n")
     print(f"{word}: printed as an error", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
