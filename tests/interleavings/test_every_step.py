@@ -138,7 +138,8 @@ def test_a_child_may_be_killed_at_any_step(
         # Nobody is told that nothing of the body has run when something has.
         assert runs(traces) <= (0 if verdicts[-1] == "not begun" else 1)
         assert survivors(left(traces)) == set()
-        # What has ended is its to reap.
+        # What is killed with the child's group may end after it; what has ended is its to reap.
+        wait_gone(children_of(forkserver))
         settle(launcher)
         assert children_of(forkserver) == set()
         assert launcher.pids() == [forkserver]
