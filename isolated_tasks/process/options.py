@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ StartMethod = Literal["forkserver", "spawn"]
 MIN_OPEN_FILES = 16
 #: The least that an outcome may be allowed: an error has to fit, with its traceback.
 MIN_RESULT_BYTES = 64 * 1024
+#: What an environment may have, in bytes as JSON, in which it travels: a request has to fit into a
+#: message of the forkserver's (`protocol.CONTROL_LIMITS`), beside what else is in it.
+MAX_ENVIRONMENT_BYTES = (4 << 20) - (64 << 10)
 #: The highest niceness (setpriority(2)). Below 0 takes a privilege.
 MAX_NICE = 19
 
@@ -95,6 +99,10 @@ class ProcessOptions:
                 self._refuse(option, f"must be a number of seconds, above 0, up to {MAX_SECONDS}")
         if not _is_environment(self.env):
             self._refuse("env", "must map names of variables to strings")
+        if self.env and (size := len(json.dumps(dict(self.env)))) > MAX_ENVIRONMENT_BYTES:
+            # Not its value: that would make the error as large.
+            value = f"<{len(self.env)} variables, {size} bytes>"
+            raise _refusal(self.name, "env", value, f"above {MAX_ENVIRONMENT_BYTES} bytes")
 
     def _check_integer(self, option: str, *, least: int, most: int = MAX_INTEGER) -> None:
         value = getattr(self, option)

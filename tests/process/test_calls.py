@@ -1,6 +1,7 @@
 """Values and exceptions go there and come back."""
 
 import itertools
+import json
 import os
 import resource
 import threading
@@ -12,8 +13,14 @@ import pytest
 
 from harness import bodies
 from harness.processes import Background, Slot, wait_gone
-from isolated_tasks.errors import ForkserverError, IsolationError, RemoteError, UnpicklableError
+from isolated_tasks.errors import (
+    ForkserverError,
+    OptionError,
+    RemoteError,
+    UnpicklableError,
+)
 from isolated_tasks.process.launcher import Launcher
+from isolated_tasks.process.options import MAX_ENVIRONMENT_BYTES
 from isolated_tasks.process.outcome import Outcome
 
 MakeSlot = Callable[..., Slot]
@@ -252,12 +259,12 @@ def test_an_environment_larger_than_the_socket_takes_at_once_arrives(make_slot: 
     assert len(slot.run(bodies.variables, "LARGE")["LARGE"] or "") == 3_000_000
 
 
-def test_an_environment_beyond_the_limit_of_a_request_is_an_error_of_its_call(
-    make_slot: MakeSlot,
-) -> None:
-    slot = make_slot(env={"LARGE": "x" * (5 << 20)})
+def test_the_largest_environment_that_is_not_refused_arrives(make_slot: MakeSlot) -> None:
+    frame = len(json.dumps({"LARGE": ""}))
+    largest = MAX_ENVIRONMENT_BYTES - frame
+    with pytest.raises(OptionError, match=r"task 'test': env=.*bytes"):
+        make_slot(env={"LARGE": "x" * (largest + 1)})
 
-    with pytest.raises(IsolationError):
-        slot.run(abs, -1)
+    slot = make_slot(env={"LARGE": "x" * largest})
 
-    assert make_slot().run(abs, -1) == 1
+    assert len(slot.run(bodies.variables, "LARGE")["LARGE"] or "") == largest
