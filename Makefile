@@ -26,7 +26,7 @@ MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults lint format coverage matrix interleavings bench-limits bench-lifeline fuzz soak clean
+.PHONY: help demo test faults lint format coverage matrix interleavings bench bench-limits bench-lifeline fuzz soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 15
@@ -59,6 +59,9 @@ coverage: $(VENV)/.test-installed  ## run the tests and tell which lines they mi
 
 interleavings: $(VENV)/.test-installed  ## kill each process before every single step of a call
 	EVERY_STEP=1 $(BIN)/pytest -rP tests/interleavings $(ARGS)
+
+bench: $(VENV)/.test-installed  ## measure what a call costs, against all that is comparable
+	PYTHONPATH=tests/support:tests/benchmarks $(BIN)/python -m bench --output build/bench $(ARGS)
 
 bench-limits: $(VENV)/.test-installed  ## measure how exactly time and memory limits are kept
 	$(BIN)/python tests/benchmarks/limits.py $(ARGS)

@@ -1,0 +1,68 @@
+"""What is run: it does nothing, or hands data to and fro."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+MB = 1_000_000
+
+
+def nothing(value: object = None) -> object:
+    """The lightest body there is."""
+    return value
+
+
+def pid() -> int:
+    """Which process this is."""
+    return os.getpid()
+
+
+def make(kind: str, size: int) -> Any:
+    """So many bytes, as ``bytes``, as an array of NumPy, or as a frame of pandas."""
+    if kind == "bytes":
+        return b"x" * size
+    import numpy as np
+
+    array = np.ones(max(1, size // 8))
+    if kind == "array":
+        return array
+    import pandas as pd
+
+    columns = 8 if len(array) >= 8 else 1
+    rows = len(array) // columns
+    return pd.DataFrame(array[: rows * columns].reshape(rows, columns))
+
+
+@functools.cache
+def kept(kind: str, size: int) -> Any:
+    """The same, made once: in a forkserver, so that a child has nothing to do but to send it."""
+    return make(kind, size)
+
+
+def send(kind: str, size: int) -> Any:
+    """Return data."""
+    return kept(kind, size)
+
+
+def take(data: object) -> int:
+    """Be given data."""
+    return sum(1 for _ in (data,))
+
+
+def use_pandas() -> int:
+    """Import what is heavy, unless it is there, and use it a little."""
+    import pandas as pd
+
+    return int(pd.DataFrame({"a": [1, 2, 3]})["a"].sum())
+
+
+def wait_for(folder: str) -> None:
+    """Say that it runs, and wait until there is the file ``go``."""
+    Path(folder, f"runs-{os.urandom(6).hex()}").touch()
+    go = Path(folder, "go")
+    while not go.exists():
+        time.sleep(0.02)
