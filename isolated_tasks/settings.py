@@ -46,6 +46,7 @@ __all__ = [
     "process_options",
     "result_codec",
     "result_serializer",
+    "spares_of",
     "worker_settings",
 ]
 
@@ -96,6 +97,9 @@ class WorkerSettings:
     #: ``isolated_forkserver_max_calls``: a forkserver that has started so many children is replaced
     #: by a fresh one, without a pause; None for never.
     forkserver_max_calls: int | None = None
+    #: ``isolated_spares``: so many children of each process that has slots are forked ahead, each
+    #: for the next call of a task that was called twice in a row.
+    spares: int = 0
     #: ``isolated_worker_process_init``: send Celery's ``worker_process_init`` and
     #: ``worker_process_shutdown`` in each child, as in each pool process.
     worker_process_init: bool = True
@@ -143,6 +147,7 @@ _COMMAND_LINE_TYPES = {
     "isolated_eager": "bool",
     "isolated_forkservers": "int",
     "isolated_forkserver_max_calls": "int",
+    "isolated_spares": "int",
     "isolated_boot_timeout": "float",
     "isolated_start_timeout": "float",
 }
@@ -188,10 +193,12 @@ def worker_settings(app: Celery) -> WorkerSettings:
     if not _is_count(max_redeliveries):
         rule = "must be a whole number, 0 or more"
         raise _refusal(None, "isolated_max_redeliveries", max_redeliveries, rule)
+    spares = spares_of(app)
     return WorkerSettings(
         preload=tuple(preload),
         forkservers=forkservers,
         forkserver_max_calls=max_calls,
+        spares=spares,
         worker_process_init=_flag(app, "isolated_worker_process_init", default.worker_process_init),
         eager=_flag(app, "isolated_eager", default.eager),
         boot_timeout=_seconds(app, "isolated_boot_timeout", default.boot_timeout),
@@ -200,6 +207,19 @@ def worker_settings(app: Celery) -> WorkerSettings:
         memory_budget=_memory_budget(app, forkservers),
         max_redeliveries=max_redeliveries,
     )
+
+
+def spares_of(app: Celery) -> int:
+    """``isolated_spares``, checked; it is asked for with each call.
+
+    Raises:
+        OptionError: It has a value that cannot be used.
+    """
+    spares: object = _setting(app, "isolated_spares", WorkerSettings.spares)
+    if not _is_count(spares):
+        raise _refusal(None, "isolated_spares", spares, "must be a whole number, 0 or more")
+    assert isinstance(spares, int)
+    return spares
 
 
 def _memory_budget(app: Celery, forkservers: int) -> int | str | None:

@@ -42,6 +42,10 @@ __all__ = ["ExitCode", "Inherited", "is_child", "main"]
 
 logger = logging.getLogger(__name__)
 
+#: A child to which no call comes is a spare that nobody needs, and ends after so many seconds. Its
+#: memory is not much, but a forkserver that was replaced stays for as long as its children do.
+FIRST_CALL_SECONDS = 60.0
+
 _is_child = False
 
 
@@ -220,7 +224,7 @@ class _Server:
     def serve(self) -> int:
         """Serve up to ``batch_size`` calls; return the exit code."""
         for position in range(1, self._spawn.batch_size + 1):
-            idle_timeout = None if position == 1 else self._spawn.batch_idle_timeout
+            idle_timeout = FIRST_CALL_SECONDS if position == 1 else self._spawn.batch_idle_timeout
             call = self._receive(idle_timeout)
             if call is None or isinstance(call, protocol.Halt):
                 break

@@ -1,10 +1,13 @@
-"""The children of one requesting process: running, idle between calls of a batch, or exiting.
+"""The children of one requesting process: running, idle in a batch, exiting, or spare.
 
 A slot's next process is not started before its last one has been reaped, so that no slot ever
 holds the memory of two calls. Greenlets come and go and threads are not told apart here, so the
 rule is kept for the process as a whole: with ``slots`` slots there are never more than that many
 children. One that is starting and finds no room ends one that is idle, or waits for one that is
 exiting; whichever runs is never touched.
+
+A spare is forked ahead, while a call runs, for the next one like it. It has run no body and holds
+nothing but what it was born with, so it is no slot's.
 """
 
 from __future__ import annotations
@@ -61,6 +64,10 @@ class Children:
         # Oldest first. Never waited for or closed while the lock is held.
         self._idle: collections.deque[Supervisor] = collections.deque()
         self._exiting: collections.deque[Supervisor] = collections.deque()
+        self._spares: collections.deque[Supervisor] = collections.deque()
+        self._spares_starting = 0
+        # What the last call asked for: another one like it is to be expected, if there were two.
+        self._last_options: ProcessOptions | None = None
         # An idle child's control socket may bring what another one's call is to hear.
         self._stops: collections.OrderedDict[str, protocol.Stop] = collections.OrderedDict()
 
@@ -70,14 +77,17 @@ class Children:
         options: ProcessOptions,
         address: Callable[[], str],
         call_options: CallOptions | None = None,
+        *,
+        spares: int = 0,
     ) -> Outcome:
-        """Run one call, in an idle child with the same options or in a new one.
+        """Run one call, in an idle or spare child with the same options or in a new one.
 
         Args:
             pickled: A tuple of a callable, its positional and its keyword arguments.
             options: What the child must be.
             address: Finds the forkserver's socket; asked anew for each start.
             call_options: The limits of this call.
+            spares: So many children may be there ahead, for all calls of this process.
 
         Raises:
             StoppedError: Somebody has asked for that.
@@ -90,9 +100,10 @@ class Children:
         call_options = call_options or CallOptions(options.name)
         call_id = call_options.call_id
         attempts = _Attempts(options)
+        expects_another = self._expects_another(options, spares)
         with self._running_one():
             while True:
-                child = self._take_idle(options)
+                child = self._take_idle(options) or self._take_spare(options)
                 is_new = child is None
                 try:
                     if child is None:
@@ -101,6 +112,8 @@ class Children:
                         child = self._start(options, address(), call_options)
                     elif call_id in self._stops:
                         raise StoppedError("stopped before it began")
+                    if expects_another:
+                        child.on_begun = lambda: self._have_spare(options, address, spares)
                     outcome = child.call(pickled, call_options, meanwhile=address)
                     # It may have been stopped while its outcome was being loaded.
                     _ = child.has_exited
@@ -122,8 +135,77 @@ class Children:
                     if child is not None:
                         self._put_back(child)
 
+    # ── spares ──────────────────────────────────────────────────────────────────────────────────
+
+    def _expects_another(self, options: ProcessOptions, spares: int) -> bool:
+        """Whether a child is worth while that is there before the next call."""
+        is_like_the_last, self._last_options = options == self._last_options, options
+        # One that is asked for memory would hold its part of the budget, and a fresh interpreter
+        # all that it imports.
+        return (
+            spares > 0
+            and is_like_the_last
+            and options.batch_size == 1
+            and options.start_method == "forkserver"
+            and options.memory_limit_bytes is None
+        )
+
+    def _have_spare(self, options: ProcessOptions, address: Callable[[], str], spares: int) -> None:
+        """Ask for a child for the next call with these options, unless there is one."""
+        if self._breaker.failures:
+            return
+        with self._lock:
+            others = [one for one in self._spares if one.options != options]
+            alike = len(self._spares) - len(others) + self._spares_starting
+            if alike >= spares:
+                return
+            self._spares_starting += 1
+            # Nobody has asked for those for the longest time.
+            surplus = others[: max(0, alike + len(others) + 1 - spares)]
+            for child in surplus:
+                self._spares.remove(child)
+        try:
+            for child in surplus:
+                self._end(child)
+            # Whatever is in its way: the next call asks for a child of its own. A body runs, and
+            # has limits that are to be kept, so nothing is waited for here.
+            with contextlib.suppress(ForkserverError, NotBegunError):
+                spare = self._start(options, address(), CallOptions(options.name), patience=0)
+                with self._lock:
+                    self._spares.append(spare)
+        finally:
+            with self._lock:
+                self._spares_starting -= 1
+
+    def _take_spare(self, options: ProcessOptions) -> Supervisor | None:
+        while self._spares:
+            with self._lock:
+                child = next((one for one in self._spares if one.options == options), None)
+                if child is None:
+                    return None
+                self._spares.remove(child)
+            if child.renewal == self._renewals and child.is_usable:
+                # No two calls' memory in one slot: the last child may still be exiting.
+                self._make_room()
+                return child
+            self._put_back(child)
+        return None
+
+    def _end(self, child: Supervisor) -> None:
+        """Tell an idle child to go, and do not wait for that."""
+        if child.is_usable:
+            child.dismiss()
+        self._put_back(child)
+
+    # ── one child ───────────────────────────────────────────────────────────────────────────────
+
     def _start(
-        self, options: ProcessOptions, address: str, call_options: CallOptions
+        self,
+        options: ProcessOptions,
+        address: str,
+        call_options: CallOptions,
+        *,
+        patience: float | None = None,
     ) -> Supervisor:
         child = Supervisor(
             address,
@@ -131,6 +213,7 @@ class Children:
             call_options.call_id,
             self._remember_stop,
             failures=self._breaker.stillborn,
+            patience=patience,
         )
         child.renewal = self._renewals
         child.on_waiting = self._end_idle
@@ -192,8 +275,9 @@ class Children:
             timeout: For each, in seconds; what has not exited then is killed.
         """
         with self._lock:
-            children = [*self._idle, *self._exiting]
+            children = [*self._idle, *self._spares, *self._exiting]
             self._idle.clear()
+            self._spares.clear()
             self._exiting.clear()
         for child in children:
             if child.is_usable:
@@ -205,8 +289,9 @@ class Children:
         """Have no call from now on served by a child that is there now."""
         with self._lock:
             self._renewals += 1
-            idle = list(self._idle)
+            idle = [*self._idle, *self._spares]
             self._idle.clear()
+            self._spares.clear()
         for child in idle:
             self._put_back(child)
 

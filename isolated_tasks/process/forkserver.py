@@ -446,6 +446,9 @@ class _Loop:
             connection.waiting = spawn, descriptors
         else:
             self._start(connection, spawn, descriptors)
+            if spawn.call_id is None:
+                # Nobody knows yet which call it will serve: one of these, maybe.
+                self._send_stops(connection)
         return answer is Answer.WAIT
 
     def _give_back(self, connection: _Connection) -> None:

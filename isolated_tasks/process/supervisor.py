@@ -108,6 +108,8 @@ class Supervisor:
         call_id: Of the first call.
         on_stop: Told of requests to stop a call that is not this child's.
         failures: How many children before this one have failed in a row to begin a body.
+        patience: How long the forkserver may take to take the request, in seconds; None for
+            ``start_timeout``.
 
     Raises:
         ForkserverError: The forkserver cannot be reached.
@@ -122,6 +124,7 @@ class Supervisor:
         on_stop: Callable[[protocol.Stop], object] = lambda stop: None,
         *,
         failures: int = 0,
+        patience: float | None = None,
     ) -> None:
         self.options = options
         self.pid: int | None = None
@@ -150,6 +153,8 @@ class Supervisor:
         self.renewal = 0
         #: Called when the child has the call, whole, and begins.
         self.on_accepted: Callable[[], object] = lambda: None
+        #: Called once a body runs: there is time to do something else.
+        self.on_begun: Callable[[], object] = lambda: None
         # None while the child waits for memory to become free: that may take its time.
         self._start_deadline: float | None = None
         self._forkserver_gone = False
@@ -157,7 +162,7 @@ class Supervisor:
         self._offence = ""
         self._adoptions = 0
         self._pidfd: int | None = None
-        deadline = time.monotonic() + options.start_timeout
+        deadline = time.monotonic() + (options.start_timeout if patience is None else patience)
         with contextlib.ExitStack() as if_it_fails, _as_forkserver_error(address):
             self._lifeline = Lifeline()
             if_it_fails.callback(self._lifeline.close)
@@ -669,6 +674,7 @@ class Supervisor:
             self._life.handle(Event.BEGUN)
             self._start_by(None)
             self._enforcer.begun()
+            self.on_begun()
         elif isinstance(message, protocol.Outcome):
             self._outcome = message
             self._life.handle(Event.LAST_OUTCOME if message.last else Event.OUTCOME)
@@ -715,7 +721,8 @@ class Supervisor:
             had_outcome = self._life.state in (State.READY, State.EXITING)
             self._life.handle(Event.EXITED)
         if had_outcome and exit_code not in _IN_ORDER and not self._lifeline.is_cut:
-            logger.warning("%r %s after its last outcome", self, system.describe_exit(exit_code))
+            when = "after its last outcome" if self._accepted else "before it had a call"
+            logger.warning("%r %s %s", self, system.describe_exit(exit_code), when)
 
     # ── verdicts ────────────────────────────────────────────────────────────────────────────────
 

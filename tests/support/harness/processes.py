@@ -41,11 +41,13 @@ class Slot:
     Args:
         address: of the forkserver's socket.
         slots: how many calls may run at a time.
+        spares: how many children may be there ahead.
         options: of the processes.
     """
 
-    def __init__(self, address: str, *, slots: int = 1, **options: Any) -> None:
+    def __init__(self, address: str, *, slots: int = 1, spares: int = 0, **options: Any) -> None:
         self.address = address
+        self.spares = spares
         self.children = Children(slots)
         self.options = ProcessOptions(**{"name": "test", **options})
 
@@ -59,7 +61,7 @@ class Slot:
     ) -> Outcome:
         """Run the function in a child with these options."""
         pickled = pickling.dumps((function, args, kwargs))
-        return self.children.call(pickled, options, lambda: self.address)
+        return self.children.call(pickled, options, lambda: self.address, spares=self.spares)
 
     def close(self) -> None:
         self.children.close()
