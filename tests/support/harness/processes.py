@@ -239,8 +239,9 @@ def wait_status(pid: int, *statuses: str) -> None:
 
 def settle(launcher: Launcher) -> None:
     """Wait until the forkserver has done with all that happened before."""
-    # Twice: the first one may be served in the same round, before what was there earlier.
-    for _ in range(2):
+    # Three times: a signal is seen by the round after the one that it comes in, and in that one
+    # our connection may be served first.
+    for _ in range(3):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(launcher.address)
             connection.send(b"nonsense, which it answers by closing")
