@@ -27,6 +27,7 @@ from harness.processes import (
 )
 from isolated_tasks import process
 from isolated_tasks.errors import ChildLostError, ForkserverError, MemoryLimitExceeded
+from isolated_tasks.process import launcher as launching
 from isolated_tasks.process import pickling
 from isolated_tasks.process.launcher import Launcher
 from isolated_tasks.process.options import CallOptions, ProcessOptions, StartMethod
@@ -276,8 +277,15 @@ def test_a_child_that_has_gone_unseen_is_not_killed_by_its_number(
 
 @fault(51)
 def test_calls_have_one_verdict_each_while_children_and_forkservers_are_killed(
-    new_launcher: NewLauncher, make_slot: MakeSlot, start_method: str, tmp_path: Path
+    *,
+    new_launcher: NewLauncher,
+    make_slot: MakeSlot,
+    start_method: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Else those that are killed one soon after the other are replaced with pauses.
+    monkeypatch.setattr(launching, "SETTLED_SECONDS", 0.0)
     traces = tmp_path / "traces"
     launcher = new_launcher(preload=["harness.faulty"])
     slot = make_slot(address=launcher.address, slots=3, start_method=start_method)

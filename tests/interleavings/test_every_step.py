@@ -17,6 +17,7 @@ from harness.killing import Order
 from harness.process_fixtures import MakeSlot, NewLauncher
 from harness.processes import PATIENCE, Background, Slot, program, settle, survivors, wait_gone
 from isolated_tasks.errors import ChildLostError
+from isolated_tasks.process import launcher as launching
 from isolated_tasks.process.cgroup import PREFIX
 from isolated_tasks.process.launcher import Launcher
 from isolated_tasks.process.pickling import Pickled
@@ -165,7 +166,10 @@ def test_a_forkserver_may_be_killed_at_any_step(
     traces: Path,
     case: str,
     start_method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Else those that are killed one soon after the other are replaced with pauses.
+    monkeypatch.setattr(launching, "SETTLED_SECONDS", 0.0)
     slot = make_slot(address=launcher.address, start_method=start_method, **CASES[case])
     verdicts = []
     killed: list[int] = []
