@@ -359,6 +359,8 @@ def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
         ("isolated_preload", "", "preload", ()),
         ("isolated_forkservers", 3, "forkservers", 3),
         ("isolated_forkservers", None, "forkservers", 1),
+        ("isolated_spares", 2, "spares", 2),
+        ("isolated_spares", None, "spares", 0),
         ("isolated_eager", True, "eager", True),
         ("isolated_worker_process_init", False, "worker_process_init", False),
         ("isolated_boot_timeout", 7, "boot_timeout", 7.0),
@@ -383,6 +385,7 @@ def test_a_setting_of_the_worker_is_read(
     [
         *(("isolated_preload", value) for value in [7, [7], {"a": 1}, b"a", [None]]),
         *(("isolated_forkservers", value) for value in [0, -1, 1.0, "2", True]),
+        *(("isolated_spares", value) for value in [-1, 1.0, "2", True]),
         *(
             (setting, value)
             for setting in (
