@@ -14,6 +14,7 @@ import faulthandler
 import gc
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -173,25 +174,26 @@ def _forget_processes() -> None:
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    # Those of `limits` stay ignored, for the moment that there is no handler yet.
-    for number in _handled_signals() - {*TERMINATING, signal.SIGUSR1}:
-        with contextlib.suppress(OSError, ValueError):
-            system.set_signal(number, signal.SIG_DFL)
+    for number in _RESET_SIGNALS:
+        if system.getsignal(number) != system.SIG_DFL:
+            with contextlib.suppress(OSError, ValueError):
+                system.set_signal(number, system.SIG_DFL)
     # As in Celery's pool processes: the terminal's Ctrl-C is for the worker to act on.
-    system.set_signal(signal.SIGINT, signal.SIG_IGN)
+    system.set_signal(signal.SIGINT, system.SIG_IGN)
     # As Python itself starts: a closed socket, a file at its limit is an error, not the end.
-    system.set_signal(signal.SIGPIPE, signal.SIG_IGN)
-    system.set_signal(signal.SIGXFSZ, signal.SIG_IGN)
+    system.set_signal(signal.SIGPIPE, system.SIG_IGN)
+    system.set_signal(signal.SIGXFSZ, system.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _handled_signals() -> set[signal.Signals]:
-    fixed = {signal.SIGKILL, signal.SIGSTOP}
-    return {
-        number
-        for number in signal.Signals
-        if number not in fixed and system.getsignal(number) is not signal.SIG_DFL
-    }
+#: Those that get their default back: all that can be set, but for those of `limits`, which stay
+#: ignored for the moment that there is no handler yet. As plain numbers: whatever a child touches
+#: of the forkserver's objects it gets a copy of, page by page.
+_RESET_SIGNALS = tuple(
+    int(number)
+    for number in signal.Signals
+    if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR1, *TERMINATING)
+)
 
 
 def _boot(boot: Callable[[], None]) -> Failure | None:
@@ -361,8 +363,13 @@ def _pickle_outcome(outcome: Outcome, spawn: Spawn) -> pickling.Pickled:
 
 
 def _pickle(outcome: Outcome, task: str) -> pickling.Pickled:
-    stand_in, outcome = outcome.stand_in, dataclasses.replace(outcome, stand_in=None)
+    stand_in = outcome.stand_in
+    if stand_in is not None:
+        outcome = dataclasses.replace(outcome, stand_in=None)
     try:
+        if type(outcome.value) in _PLAIN and outcome.failure is None:
+            # There is nothing in it that pickle's own pickler does not know.
+            return pickling.dumps(outcome, pickler=pickle.Pickler)
         pickled = pickling.dumps(outcome)
         if stand_in is not None and type(outcome.value) not in _PLAIN:
             _see_it_load(pickled)
@@ -386,7 +393,7 @@ def _run_exit_hooks(timeout: float) -> None:
     The kernel keeps the time: SIGALRM's default is to end the process, also one whose hook is
     stuck in C.
     """
-    system.set_signal(signal.SIGALRM, signal.SIG_DFL)
+    system.set_signal(signal.SIGALRM, system.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.setitimer(signal.ITIMER_REAL, timeout)
     # Threads of the body that are not daemons, then the hooks in the order of CPython's own

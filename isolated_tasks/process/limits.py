@@ -173,7 +173,7 @@ def _let_go() -> None:
     _limits = None
     for number in (*TERMINATING, signal.SIGUSR1):
         if system.getsignal(number) in ours:
-            system.set_signal(number, signal.SIG_DFL)
+            system.set_signal(number, system.SIG_DFL)
 
 
 def _set_limit(kind: int, soft: int, lifted: contextlib.ExitStack) -> None:

@@ -50,7 +50,7 @@ import mmap
 import struct
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from isolated_tasks.errors import ProtocolError
@@ -461,11 +461,11 @@ def encode(message: Message) -> list[Bytes]:
         if isinstance(message, Outcome):
             flags = LAST if message.last else 0
     elif isinstance(message, Boot):
-        values = asdict(message)
+        values = dict(vars(message))
         buffers = (values.pop("setup_argument"),)
         body = json.dumps(values).encode()
     else:
-        body = json.dumps(asdict(message)).encode()
+        body = json.dumps(vars(message)).encode()
     head = HEADER.pack(MAGIC, VERSION, kind, flags, len(buffers), _size(body))
     lengths = b"".join(LENGTH.pack(_size(buffer)) for buffer in buffers)
     return [head + lengths, body, *buffers]

@@ -6,6 +6,7 @@ feature. Features are looked for, not versions. `features` lists what is in forc
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # typeshed has none of it
 import _socket
 import contextlib
 import ctypes
@@ -69,8 +70,10 @@ posix_spawn = os.posix_spawn
 read = os.read
 waitpid = os.waitpid
 waitid = os.waitid
-getsignal = signal.getsignal
-set_signal = signal.signal
+# Those of `signal` turn each number and each handler into a member of an enum.
+getsignal = _signal.getsignal
+set_signal = _signal.signal
+SIG_DFL, SIG_IGN = _signal.SIG_DFL, _signal.SIG_IGN
 
 IS_LINUX = sys.platform.startswith("linux")
 
