@@ -13,20 +13,23 @@ from typing import Any
 import billiard.context
 import loky
 import pebble
+import psutil
 
 from bench import bodies
 from bench.figures import Contender, Section, at_most, in_turn, timed
 from bench.forkservers import forkserver
 from bench.programs import asked
 from bench.scale import Scale
-from harness.processes import Slot
+from harness.processes import Slot, wait_status
 
 #: What forkservers have loaded, those of the peers too: what most workers have.
 PRELOAD = ("celery", "numpy")
 
 UNTIL_RESULT = "call, until the result is there"
 UNTIL_REAPED = "call, until reaped"
+WITH_SPARE = "call that a spare serves, until the result is there"
 IN_A_BATCH = "call, in a process of a batch"
+OURS = (UNTIL_RESULT, UNTIL_REAPED, WITH_SPARE, IN_A_BATCH)
 
 
 def measure(scale: Scale) -> Section:
@@ -41,6 +44,7 @@ def measure(scale: Scale) -> Section:
         contenders = [
             stack.enter_context(asked("bare_fork", *PRELOAD)),
             one_call(slot),
+            with_spare(stack, launcher.address),
             timed(IN_A_BATCH, lambda: batch.run(bodies.nothing)),
             *(stack.enter_context(peer()) for peer in QUICK_PEERS),
         ]
@@ -53,10 +57,11 @@ def measure(scale: Scale) -> Section:
     bare = "bare fork, exit and wait"
     section.ratio(UNTIL_RESULT, bare, at_most(0.8))
     section.ratio(UNTIL_REAPED, bare, at_most(1.3))
+    section.ratio(WITH_SPARE, bare)
     section.ratio(IN_A_BATCH, bare)
     section.ratio(UNTIL_RESULT, "billiard's forkserver", at_most(0.25))
     for name in found:
-        if name not in (UNTIL_RESULT, UNTIL_REAPED, IN_A_BATCH, bare, "billiard's forkserver"):
+        if name not in (*OURS, bare, "billiard's forkserver"):
             section.ratio(UNTIL_RESULT, name)
     return section
 
@@ -76,12 +81,29 @@ def one_call(slot: Slot) -> Contender:
     return call
 
 
+def with_spare(stack: contextlib.ExitStack, address: str) -> Contender:
+    """Ours, with a child that is there already: the one before was a moment ago, as in a worker."""
+    slot = Slot(address, spares=1)
+    stack.callback(slot.close)
+
+    def call() -> Mapping[str, float]:
+        while not slot.children._spares:
+            slot.run(bodies.nothing)
+        for child in list(slot.children._exiting):
+            child.wait_exited()
+        # Born, as far as can be seen from here: it waits for its call.
+        (spare,) = slot.children._spares
+        while spare.pid is None:
+            assert spare.is_usable
+        wait_status(spare.pid, psutil.STATUS_SLEEPING)
+        began = time.perf_counter()
+        slot.run(bodies.nothing)
+        return {WITH_SPARE: time.perf_counter() - began}
+
+    return call
+
+
 # ── peers ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def _answer(connection: Any) -> None:
-    connection.send(bodies.nothing())
-    connection.close()
 
 
 def _process(context: Any) -> Callable[[], None]:
@@ -89,7 +111,7 @@ def _process(context: Any) -> Callable[[], None]:
 
     def call() -> None:
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(writer,))
+        process = context.Process(target=bodies.answer, args=(writer,))
         process.start()
         writer.close()
         reader.recv()

@@ -16,9 +16,11 @@ def nothing(value: object = None) -> object:
     return value
 
 
-def pid() -> int:
-    """Which process this is."""
-    return os.getpid()
+def answer(connection: Any) -> None:
+    """Send the result of the lightest body, where there is nobody else to do so."""
+    # Here, and not beside its caller: a child of the peers' imports the module that this is in.
+    connection.send(nothing())
+    connection.close()
 
 
 def make(kind: str, size: int) -> Any:

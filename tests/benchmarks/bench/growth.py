@@ -14,7 +14,7 @@ from bench.figures import Section, at_most, in_turn
 from bench.forkservers import forkserver, rss_mib
 from bench.programs import asked
 from bench.scale import Scale
-from harness.processes import Slot
+from harness.processes import Slot, settle
 from isolated_tasks.process.launcher import Launcher
 
 
@@ -63,6 +63,9 @@ def _with_calls(section: Section, launcher: Launcher, scale: Scale) -> None:
     found: list[float] = []
 
     def state() -> tuple[int, float, float]:
+        # The last child may still be exiting.
+        slot.close()
+        settle(launcher)
         descriptors = us.num_fds() + forkserver_process.num_fds()
         return descriptors, rss_mib(), rss_mib(pid)
 
@@ -76,7 +79,6 @@ def _with_calls(section: Section, launcher: Launcher, scale: Scale) -> None:
     descriptors, requester_rss, forkserver_rss = state()
     run(scale.calls - part)
     after = state()
-    slot.close()
     section.add(f"the first {part} of {scale.calls} calls", found[:part])
     section.add("the last as many", found[-part:])
     last, first = statistics.median(found[-part:]), statistics.median(found[:part])
