@@ -27,8 +27,8 @@ from harness.processes import (
 )
 from isolated_tasks import process
 from isolated_tasks.errors import ChildLostError, ForkserverError, MemoryLimitExceeded
+from isolated_tasks.process import cgroup, pickling
 from isolated_tasks.process import launcher as launching
-from isolated_tasks.process import pickling
 from isolated_tasks.process.launcher import Launcher
 from isolated_tasks.process.options import CallOptions, ProcessOptions, StartMethod
 from isolated_tasks.process.protocol import Stop
@@ -72,8 +72,8 @@ def test_growth_is_stopped_however_it_comes(
     with pytest.raises(MemoryLimitExceeded) as caught:
         slot.run(body, mailbox.path, size)
 
-    assert caught.value.peak is not None
-    assert caught.value.peak >= EMPTY + 100 * MIB
+    # The kernel also kills where there is some room, but not enough for what is asked for at once.
+    assert cgroup.is_full(caught.value.peak, EMPTY + 100 * MIB)
     assert survivors(mailbox.read()) == set()
 
 

@@ -24,6 +24,7 @@ from isolated_tasks.errors import (
     OptionError,
     SoftMemoryLimitExceeded,
 )
+from isolated_tasks.process.cgroup import is_full
 
 MIB = 1 << 20
 
@@ -160,9 +161,9 @@ def test_a_memory_limit_ends_the_body_and_its_processes(
     error = caught.value
     assert (error.task, error.task_id) == (f"limited.{task}", result.id)
     assert (error.pid, error.limit) == (pids[0], 150 * MIB)
-    assert error.peak is not None
-    # A control group, where one can be had, holds not one page more.
-    assert error.peak >= error.limit
+    # A control group, where one can be had, holds not one page more, and may be some short of it:
+    # the kernel also kills for what is asked for at once.
+    assert is_full(error.peak, error.limit)
     assert survivors(pids) == set()
 
 
