@@ -103,7 +103,10 @@ class Children:
         expects_another = self._expects_another(options, spares)
         with self._running_one():
             while True:
-                child = self._take_idle(options) or self._take_spare(options)
+                if options.batch_size == 1:
+                    child = self._take_spare(options)
+                else:
+                    child = self._take(self._idle, options)
                 is_new = child is None
                 try:
                     if child is None:
@@ -178,18 +181,11 @@ class Children:
                 self._spares_starting -= 1
 
     def _take_spare(self, options: ProcessOptions) -> Supervisor | None:
-        while self._spares:
-            with self._lock:
-                child = next((one for one in self._spares if one.options == options), None)
-                if child is None:
-                    return None
-                self._spares.remove(child)
-            if child.renewal == self._renewals and child.is_usable:
-                # No two calls' memory in one slot: the last child may still be exiting.
-                self._make_room()
-                return child
-            self._put_back(child)
-        return None
+        child = self._take(self._spares, options)
+        if child is not None:
+            # No two calls' memory in one slot: the last child may still be exiting.
+            self._make_room()
+        return child
 
     def _end(self, child: Supervisor) -> None:
         """Tell an idle child to go, and do not wait for that."""
@@ -302,10 +298,7 @@ class Children:
             for child in idle:
                 self._idle.remove(child)
         for child in idle:
-            if child.is_usable:
-                child.dismiss()
-        with self._lock:
-            self._exiting.extend(idle)
+            self._end(child)
 
     def _remember_stop(self, stop: protocol.Stop) -> None:
         self._stops[stop.call_id] = stop
@@ -322,18 +315,20 @@ class Children:
             with self._lock:
                 self._running -= 1
 
-    def _take_idle(self, options: ProcessOptions) -> Supervisor | None:
-        if options.batch_size == 1:
-            return None
-        while True:
+    def _take(
+        self, waiting: collections.deque[Supervisor], options: ProcessOptions
+    ) -> Supervisor | None:
+        """One of the children that wait for a call with these options, if there is one."""
+        while waiting:
             with self._lock:
-                child = next((one for one in self._idle if one.options == options), None)
+                child = next((one for one in waiting if one.options == options), None)
                 if child is None:
                     return None
-                self._idle.remove(child)
-            if child.is_usable:
+                waiting.remove(child)
+            if child.renewal == self._renewals and child.is_usable:
                 return child
             self._put_back(child)
+        return None
 
     def _make_room(self) -> None:
         """See to it that there is one child fewer than slots, as far as that is up to us.

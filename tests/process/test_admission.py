@@ -1,12 +1,11 @@
 """A forkserver with a memory budget: who starts, who waits, who never can."""
 
 import contextlib
-import logging
 import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +57,6 @@ def slot_with(launcher: Launcher, make_slot: MakeSlot) -> SlotWith:
         return make_slot(address=launcher.address, memory_limit_bytes=limit, **options)
 
     return make
-
-
-@pytest.fixture
-def waits(caplog: pytest.LogCaptureFixture) -> Iterator["queue.Queue[str]"]:
-    """What is logged of calls that wait, as it is logged."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "waits for memory" in record.getMessage():
-                lines.put(record.getMessage())
-
-    caplog.set_level(logging.INFO, logger="isolated_tasks")
-    logger, handler = logging.getLogger("isolated_tasks"), Handler()
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
 
 
 def descriptors(launcher: Launcher) -> int:

@@ -1,12 +1,11 @@
 """Calls that somebody wants stopped: whichever process made them, wherever they are by then."""
 
-import logging
 import os
 import queue
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +50,6 @@ def new_slot(launcher: Launcher, make_slot: MakeSlot) -> MakeSlot:
     return lambda **options: make_slot(
         **{"address": launcher.address, "term_grace": 1000, **options}
     )
-
-
-@pytest.fixture
-def waits(caplog: pytest.LogCaptureFixture) -> Iterator["queue.Queue[str]"]:
-    """What is logged of calls that wait, as it is logged."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "waits for memory" in record.getMessage():
-                lines.put(record.getMessage())
-
-    caplog.set_level(logging.INFO, logger="isolated_tasks")
-    logger, handler = logging.getLogger("isolated_tasks"), Handler()
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
 
 
 def run(slot: Slot, call_id: str, function: Callable[..., Any], *args: Any) -> Any:

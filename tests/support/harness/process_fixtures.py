@@ -7,7 +7,9 @@ Most tests share one forkserver, which has to be there, the same, at the end; a 
 it starts its own.
 """
 
+import logging
 import os
+import queue
 import shutil
 import signal
 import tempfile
@@ -42,6 +44,7 @@ __all__ = [
     "nothing_leaks",
     "slot",
     "start_method",
+    "waits",
     "word",
 ]
 
@@ -235,6 +238,23 @@ def limiter(new_limiter: NewLimiter) -> Launcher:
 def is_kept_by_the_kernel(launcher: Launcher) -> bool:
     """Whether memory limits are."""
     return launcher.loaded()[0].memory_limits.startswith("cgroup")
+
+
+@pytest.fixture
+def waits(caplog: pytest.LogCaptureFixture) -> Iterator["queue.Queue[str]"]:
+    """What is logged of calls that wait, as it is logged."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waits for memory" in record.getMessage():
+                lines.put(record.getMessage())
+
+    caplog.set_level(logging.INFO, logger="isolated_tasks")
+    logger, handler = logging.getLogger("isolated_tasks"), Handler()
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 @pytest.fixture
