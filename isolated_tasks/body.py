@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import locale
@@ -18,7 +19,7 @@ import multiprocessing.util
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,9 @@ limits.soft_time_limit_exceeded = SoftTimeLimitExceeded
 #: The app that this forkserver or child has loaded.
 _app: Celery | None = None
 
+#: ``isolated_worker_process_init``, as that app has it.
+_sends_signals = True
+
 
 # ── the app ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -76,6 +80,7 @@ def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
         "changes": _picklable_settings(app),
         "parts": _parts(app),
         "queues": _consumed(app),
+        "logs": current_logs(hostname),
         # The rest of what a process has is inherited by the forkserver that the worker starts.
         "locale": locale.setlocale(locale.LC_ALL),
     }
@@ -83,12 +88,15 @@ def describe_app(app: Celery, hostname: str) -> tuple[str, bytes]:
     return title, pickling.to_bytes(description, pickler=byvalue.Pickler)
 
 
-def load_app(argument: bytes) -> None:
+def load_app(argument: bytes) -> Callable[[], None]:
     """Load the app as a worker would, without opening any connection.
 
     An app that lives in a script, a notebook or a function is built anew from its parts, as
     Celery does for pool processes that are not forked. So is one whose import fails, so that its
     tasks, which then come by value, do not meet Celery's default app and its broker.
+
+    Returns:
+        What is to be called once modules are preloaded: they may have set up logging.
 
     Raises:
         BaseException: What the import raised.
@@ -102,6 +110,7 @@ def load_app(argument: bytes) -> None:
         # Without importing its tasks: that is what fails. They come by value.
         _adopt(_rebuild(description["parts"]), description, import_tasks=False)
         raise
+    return functools.partial(_prepare_logging, description["logs"])
 
 
 def _import(location: str | None) -> Celery | None:
@@ -131,6 +140,8 @@ def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = Tru
     # Current and default app, finalised, and the patch by which calling a plain task in a body
     # behaves as it does in a worker.
     trace.setup_worker_optimizations(app, description["hostname"])
+    global _sends_signals
+    _sends_signals = settings.worker_settings(app).worker_process_init
     # Every child sets up logging, and many a body sends a task. Celery imports what that takes when
     # it is first used; once here is cheaper than in each child. Neither opens anything.
     _ = app.log
@@ -220,6 +231,11 @@ class Logs:
     process_name: str
     #: ``%i`` and ``%I`` in the name of the worker's log file; None where it is no pool process.
     process_index: int | None
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """What is the same for all processes of a worker."""
+        return self.level, self.file, self.redirect, self.redirect_level
 
 
 @dataclass(frozen=True)
@@ -438,19 +454,18 @@ def _become_worker_process(app: Celery, call: BodyCall) -> None:
         # dropped here, without a word to its server.
         fixup.on_worker_process_init()
     hostname = call.logs.hostname if call.logs is not None else None
-    sends_signals = settings.worker_settings(app).worker_process_init
-    if sends_signals:
+    if _sends_signals:
         signals.worker_process_init.send(sender=hostname)
     own_signals.isolated_process_init.send(sender=None)
     # Registered before any hook of the body's, so it runs after them.
-    atexit.register(_end_worker_process, os.getpid(), hostname, sends_signals=sends_signals)
+    atexit.register(_end_worker_process, os.getpid(), hostname)
 
 
-def _end_worker_process(pid: int, hostname: str | None, *, sends_signals: bool) -> None:
+def _end_worker_process(pid: int, hostname: str | None) -> None:
     if os.getpid() != pid:
         # A process that the body has forked, and that leaves as programs do.
         return
-    if sends_signals:
+    if _sends_signals:
         signals.worker_process_shutdown.send(sender=hostname, pid=pid, exitcode=0)
     own_signals.isolated_process_shutdown.send(sender=None)
     context.flush(FLUSH_SECONDS)
@@ -461,10 +476,52 @@ def _worker_fixups(app: Celery) -> list[Any]:
     return [fixup.worker_fixup for fixup in app._fixups if hasattr(fixup, "worker_fixup")]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """Logging as a forkserver has set it up for its children."""
+
+    arguments: tuple[object, ...]
+    #: The root's, as long as nobody has changed anything since.
+    handlers: list[logging.Handler]
+    #: What ``sys.stdout`` and ``sys.stderr`` were before they were redirected.
+    streams: tuple[Any, Any]
+
+
+_prepared: _Prepared | None = None
+
+
+def _prepare_logging(logs: Logs | None) -> None:
+    """Set up logging in the forkserver, whose children then need not, where nobody can tell.
+
+    A receiver of Celery's logging signals may start a thread or open a connection, and a log file
+    may be named for each process: those are for the child.
+    """
+    global _prepared
+    hooks = (signals.setup_logging, signals.after_setup_logger, signals.after_setup_task_logger)
+    if _app is None or logs is None or logs.file or any(hook.receivers for hook in hooks):
+        return
+    streams = sys.stdout, sys.stderr
+    # A worker redirects its own later, when it starts.
+    redirect = bool(_app.conf.worker_redirect_stdouts)
+    level = str(_app.conf.worker_redirect_stdouts_level)
+    logs = dataclasses.replace(logs, redirect=redirect, redirect_level=level)
+    _configure_logging(_app, logs)
+    _prepared = _Prepared(logs.arguments, list(logging.root.handlers), streams)
+
+
 def _set_up_logging(app: Celery, logs: Logs) -> None:
     multiprocessing.current_process().name = logs.process_name
     if logs.process_index is not None:
         billiard.current_process().index = logs.process_index
+    if _prepared is not None:
+        is_as_prepared = _prepared.handlers == logging.root.handlers
+        if is_as_prepared and _prepared.arguments == logs.arguments:
+            return
+        sys.stdout, sys.stderr = _prepared.streams
+    _configure_logging(app, logs)
+
+
+def _configure_logging(app: Celery, logs: Logs) -> None:
     app.log.already_setup = False
     app.log.setup(logs.level, logs.file, logs.redirect, logs.redirect_level, hostname=logs.hostname)
 

@@ -243,7 +243,7 @@ def _run(
     address = functools.partial(requester.address, task.app)
     known_by_value = byvalue.is_by_value(task)
     pickled = _pickle(task, call, by_value=known_by_value)
-    spares = settings.spares_of(task.app)
+    spares = settings.spares_for(task)
     outcome = children.call(pickled, options, address, call_options, spares=spares)
     if "unknown_task" in outcome.notes and not known_by_value:
         # The forkserver's app has no such task: it was made after the import, by a function or

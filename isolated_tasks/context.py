@@ -247,6 +247,11 @@ def _variable(place: str) -> ContextVar[Any]:
     return value
 
 
+# Looked up once: ctypes makes a function of each name that it is asked for.
+_enter_context = ctypes.pythonapi.PyContext_Enter
+_exit_context = ctypes.pythonapi.PyContext_Exit
+
+
 @contextlib.contextmanager
 def _fresh_context() -> Iterator[None]:
     """Run a block as ``copy_context().run()`` runs a function.
@@ -254,11 +259,11 @@ def _fresh_context() -> Iterator[None]:
     Tokens would not do: they cannot take away what the body has set and has not reset.
     """
     context = ctypes.py_object(copy_context())
-    ctypes.pythonapi.PyContext_Enter(context)
+    _enter_context(context)
     try:
         yield
     finally:
-        ctypes.pythonapi.PyContext_Exit(context)
+        _exit_context(context)
 
 
 # ── plain data ──────────────────────────────────────────────────────────────────────────────────

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import kombu.exceptions
 import kombu.serialization
@@ -46,6 +48,7 @@ __all__ = [
     "process_options",
     "result_codec",
     "result_serializer",
+    "spares_for",
     "spares_of",
     "worker_settings",
 ]
@@ -84,6 +87,58 @@ _UNITS = {
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+# ── kept from one call to the next ──────────────────────────────────────────────────────────────
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+@dataclass
+class _Kept:
+    """What was made of all that a task and its app said at one time."""
+
+    said: tuple[object, ...]
+    made: dict[object, Any] = field(default_factory=dict)
+
+
+#: By task.
+_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+
+
+def _while_unchanged(function: C) -> C:
+    """Call a function of a task once, and again only when its options or settings are others.
+
+    Every call asks for all options, and Celery's configuration takes its time to answer. Here a
+    change is seen without asking for each: settings are changed in ``app.conf.changes`` alone.
+    """
+
+    @functools.wraps(function)
+    def cached(task: IsolatedMixin, **keywords: Any) -> Any:
+        said = _all_said(task)
+        kept = _kept.get(task)
+        if kept is None or kept.said != said:
+            kept = _kept[task] = _Kept(said)
+        key = (function, *keywords.items())
+        if key not in kept.made:
+            kept.made[key] = function(task, **keywords)
+        return kept.made[key]
+
+    return cached  # type: ignore[return-value]
+
+
+def _all_said(task: IsolatedMixin) -> tuple[object, ...]:
+    if getattr(task.app.conf, "changes", None) is None:
+        # Before the configuration is read there are none; asking for anything has it read.
+        _ = task.app.conf.timezone
+    conf = task.app.conf
+    # Copies: what is compared must not be what is changed in place.
+    values = [_copy(getattr(task, name)) for name in TASK_OPTIONS]
+    return (values, dict(conf.changes), len(conf.maps))
+
+
+def _copy(value: Any) -> Any:
+    return value.copy() if isinstance(value, list | dict) else value
 
 
 @dataclass(frozen=True)
@@ -222,6 +277,12 @@ def spares_of(app: Celery) -> int:
     return spares
 
 
+@_while_unchanged
+def spares_for(task: IsolatedMixin) -> int:
+    """`spares_of` the app of a task."""
+    return spares_of(task.app)
+
+
 def _memory_budget(app: Celery, forkservers: int) -> int | str | None:
     budget = _setting(app, "isolated_memory_budget", None)
     if budget is None:
@@ -278,6 +339,7 @@ def check_names(cls: type[Any]) -> None:
             raise _refusal(cls.name, name, value, f"there is no such option{hint}")
 
 
+@_while_unchanged
 def is_isolated(task: IsolatedMixin) -> bool:
     """Whether calls of this task by a worker run in a child.
 
@@ -301,6 +363,7 @@ def check_task(task: IsolatedMixin) -> None:
     )
 
 
+@_while_unchanged
 def memory_ladder(task: IsolatedMixin) -> tuple[MemoryStep, ...]:
     """The steps of a task's ``memory_limit``; empty where it has none.
 
@@ -329,6 +392,7 @@ def _memory_step(task: str, ladder: object, step: object) -> MemoryStep:
     return MemoryStep(_bytes(task, "memory_limit", step, whole=ladder), queue)
 
 
+@_while_unchanged
 def process_options(task: IsolatedMixin, *, step: int = 0) -> ProcessOptions:
     """What the processes of a task are asked for.
 
@@ -370,12 +434,14 @@ def process_options(task: IsolatedMixin, *, step: int = 0) -> ProcessOptions:
     )
 
 
+@_while_unchanged
 def result_serializer(task: IsolatedMixin) -> str | None:
     """The name of the serializer by which a task's result comes from its child, if it has one."""
     name: str | None = _option(task, "result_serializer")
     return name
 
 
+@_while_unchanged
 def result_codec(task: IsolatedMixin) -> tuple[str, str] | None:
     """Content type and encoding of a task's ``result_serializer``; None where it has none.
 

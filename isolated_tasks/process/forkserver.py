@@ -679,8 +679,10 @@ def _remove(directory: str) -> None:
 def _complain(message: str, *arguments: object) -> None:
     # Logging belongs to the app, which may have configured it for another process or not at all.
     # And where stderr takes nothing, as on a full disk, that is no reason to end.
-    with contextlib.suppress(OSError, ValueError):
-        print("isolated_tasks forkserver:", message % arguments, file=sys.stderr, flush=True)
+    # Not sys.stderr, which may be a log of the app's.
+    if sys.__stderr__ is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print("isolated_tasks forkserver:", message % arguments, file=sys.__stderr__, flush=True)
 
 
 if __name__ == "__main__":

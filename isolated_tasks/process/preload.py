@@ -51,16 +51,21 @@ def adopt(boot: Boot) -> None:
     sys.argv[:] = boot.argv
 
 
-def set_up(boot: Boot) -> None:
+def set_up(boot: Boot) -> Callable[[], object]:
     """Call ``boot.setup``, if there is one.
+
+    Returns:
+        What a forkserver is to call when all is loaded: what that function returns, if anything.
 
     Raises:
         BaseException: Whatever it raises.
     """
+    finish = None
     with _current_directory_first():
         if boot.setup:
             module, _, function = boot.setup.partition(":")
-            getattr(importlib.import_module(module), function)(boot.setup_argument)
+            finish = getattr(importlib.import_module(module), function)(boot.setup_argument)
+    return finish if callable(finish) else lambda: None
 
 
 def load(boot: Boot) -> list[Entry]:
@@ -70,10 +75,13 @@ def load(boot: Boot) -> list[Entry]:
     to their headers and so copy every page of the forkserver's heap (``gc.freeze``).
     """
     entries = []
+    finishing: list[Callable[[], object]] = []
     if boot.setup:
-        entries.append(_load_one(boot.setup_name, lambda: set_up(boot)))
+        entries.append(_load_one(boot.setup_name, lambda: finishing.append(set_up(boot))))
     for module in boot.preload:
         entries.append(_load_one(module, functools.partial(_import, module)))
+    for finish in finishing:
+        finish()
     # What is still in a buffer would be written again by every child.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -714,7 +714,7 @@ class Supervisor:
                 self._group_peak_bytes = self._group.peak_bytes()
                 self._group.kill()
         try:
-            for message in self._call.messages():
+            for message in self._call.rest():
                 self._take(message)
         finally:
             self.exit_code, self.usage = exit_code, usage

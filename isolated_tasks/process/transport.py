@@ -24,7 +24,12 @@ __all__ = ["Channel", "Lifeline", "Owned", "own", "received_descriptors"]
 #: What one sendmsg(2) may take: IOV_MAX is 1024.
 _MAX_PIECES = 512
 
-_MSG_CMSG_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+# Numbers, because those of `socket` are members of enums, with which arithmetic is slow.
+_MSG_CMSG_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_MSG_CTRUNC = int(socket.MSG_CTRUNC)
+_ROOM_FOR_DESCRIPTORS = socket.CMSG_SPACE(
+    protocol.SPAWN_DESCRIPTORS * array.array("i").itemsize
+)
 
 # Bound before a preload gets the chance to replace it: gevent's makes an event loop for itself.
 _Socket = socket.socket
@@ -115,6 +120,8 @@ class Channel:
         self._descriptors: list[int] = []
         #: The peer has closed its end, is gone, or has sent what is not a message: nothing follows.
         self.at_eof = False
+        # What is here has been read, as far as is known without reading once more.
+        self._is_drained = False
         if owned:
             own(self)
 
@@ -189,48 +196,72 @@ class Channel:
             ProtocolError: What came is not a message. Nothing that follows can be understood, and
                 nothing more is read.
         """
+        self._is_drained = False
+        return next(self._messages(), None)
+
+    def messages(self) -> Iterator[protocol.Message]:
+        """All messages that are here, but for what only another look at the socket would show.
+
+        For who waits for the socket, and is told if there is more.
+
+        Raises:
+            ProtocolError: As `receive`.
+        """
+        self._is_drained = False
+        return self._messages()
+
+    def rest(self) -> Iterator[protocol.Message]:
+        """All messages that are here; for who knows that nothing can come any more.
+
+        Raises:
+            ProtocolError: As `receive`.
+        """
+        while (message := self.receive()) is not None:
+            yield message
+
+    def _messages(self) -> Iterator[protocol.Message]:
         try:
-            while not self._frames and not self.at_eof:
-                if not self._read():
-                    return None
-            return protocol.decode(self._frames.pop(0)) if self._frames else None
+            while True:
+                while self._frames:
+                    yield protocol.decode(self._frames.pop(0))
+                if self.at_eof or self._is_drained:
+                    return
+                self._read()
         except ProtocolError:
             self._frames.clear()
             self.at_eof = True
             raise
-
-    def messages(self) -> Iterator[protocol.Message]:
-        """All messages that are here."""
-        while (message := self.receive()) is not None:
-            yield message
 
     def take_descriptors(self) -> list[int]:
         """The descriptors that have come; from now on the caller's."""
         descriptors, self._descriptors = self._descriptors, []
         return descriptors
 
-    def _read(self) -> bool:
-        """Read once; whether there may be more."""
-        room = socket.CMSG_SPACE(protocol.SPAWN_DESCRIPTORS * array.array("i").itemsize)
+    def _read(self) -> None:
+        """Read once."""
+        space = self._reader.space()
         try:
             count, ancillary, flags, _ = self._socket.recvmsg_into(
-                [self._reader.space()], room, _MSG_CMSG_CLOEXEC
+                [space], _ROOM_FOR_DESCRIPTORS, _MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
-            return False
+            self._is_drained = True
+            return
         except ConnectionError:
             self.at_eof = True
-            return False
-        self._descriptors.extend(received_descriptors(ancillary))
+            return
+        if ancillary:
+            self._descriptors.extend(received_descriptors(ancillary))
         # They may also come a few at a time, with bytes of a frame that never ends or with messages
         # for which nobody takes any: then they would fill the table of this process.
-        if flags & socket.MSG_CTRUNC or len(self._descriptors) > protocol.SPAWN_DESCRIPTORS:
+        if flags & _MSG_CTRUNC or len(self._descriptors) > protocol.SPAWN_DESCRIPTORS:
             raise ProtocolError("more descriptors came than a message has")
         if count == 0:
             self.at_eof = True
-            return False
+            return
+        # As a rule. A read also ends where descriptors come, or another process's bytes.
+        self._is_drained = count < len(space)
         self._frames.extend(self._reader.received(count))
-        return True
 
     def shut_down_writing(self) -> None:
         """Let the peer see end-of-file; what it sends still arrives."""
