@@ -90,7 +90,9 @@ def is_child() -> bool:
     return _is_child
 
 
-def main(inherited: Inherited, spawn: Spawn, *, boot: Callable[[], None] | None = None) -> NoReturn:
+def main(
+    inherited: Inherited, spawn: Spawn, *, boot: Callable[[], object] | None = None
+) -> NoReturn:
     """Live the whole life of a child.
 
     The duties, in order:
@@ -196,7 +198,7 @@ _RESET_SIGNALS = tuple(
 )
 
 
-def _boot(boot: Callable[[], None]) -> Failure | None:
+def _boot(boot: Callable[[], object]) -> Failure | None:
     try:
         boot()
     except BaseException as exc:

@@ -52,6 +52,7 @@ MAX_STOPS = 10_000
 #: After this long a forkserver that could not accept for want of descriptors tries again.
 LISTEN_AGAIN_MILLISECONDS = 100
 
+_KILLED = -int(signal.SIGKILL)
 _READ = system.POLL_READ
 _WRITE = system.POLL_WRITE
 
@@ -259,7 +260,7 @@ class _Loop:
             self._listen(False)
             return
         try:
-            accepted, _ = self._listener.accept()
+            accepted = system.accept(self._listener)
         except OSError as exc:
             # Another forkserver was faster or the requester is gone. Or we are out of
             # descriptors: then connections wait in the queue until one is closed here.
@@ -595,10 +596,11 @@ class _Loop:
         if connection is None:
             return
         group, connection.pid, connection.group = connection.group, None, None
-        self._oom_kills.look()
+        is_killed = exit_code == _KILLED
+        self._oom_kills.look(at_once=is_killed)
         oom_killed: bool | None = False
         evidence = ""
-        if exit_code == -signal.SIGKILL:
+        if is_killed:
             oom_killed, evidence = self._look_for_oom_kill(group)
         exited = protocol.Exited(
             exit_code=exit_code,
@@ -606,7 +608,9 @@ class _Loop:
             oom_evidence=evidence,
             memory_limit_hit=group is not None and group.limit_hit(),
             peak_bytes=None if group is None else group.peak_bytes(),
-            **asdict(usage),
+            peak_rss_bytes=usage.peak_rss_bytes,
+            user_seconds=usage.user_seconds,
+            system_seconds=usage.system_seconds,
         )
         if exit_code == child.ExitCode.DONE:
             self._groups.check_joined(group)
@@ -679,10 +683,10 @@ def _remove(directory: str) -> None:
 def _complain(message: str, *arguments: object) -> None:
     # Logging belongs to the app, which may have configured it for another process or not at all.
     # And where stderr takes nothing, as on a full disk, that is no reason to end.
-    # Not sys.stderr, which may be a log of the app's.
-    if sys.__stderr__ is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print("isolated_tasks forkserver:", message % arguments, file=sys.__stderr__, flush=True)
+    text = message % arguments
+    # Not sys.stderr, which may be a log of the app's; without either there is None.
+    with contextlib.suppress(OSError, ValueError):
+        print("isolated_tasks forkserver:", text, file=sys.__stderr__ or sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

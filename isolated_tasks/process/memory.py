@@ -136,6 +136,10 @@ def oom_counter() -> str:
     return "/proc/vmstat"
 
 
+#: How often the count is read while children end in order, in seconds.
+LOOK_SECONDS = 0.2
+
+
 class OOMKills:
     """Tells the deaths that the kernel's out-of-memory killer has dealt from others, as they come.
 
@@ -146,14 +150,21 @@ class OOMKills:
     def __init__(self) -> None:
         self._count = oom_kills()
         self._unexplained = 0
-        self._rose_at = 0.0
+        self._rose_at = self._looked_at = 0.0
         #: The last rise, in words.
         self.evidence = ""
 
-    def look(self) -> None:
-        """Note how many there were since the last look; those of long ago explain nothing."""
-        before, self._count = self._count, oom_kills()
+    def look(self, *, at_once: bool = True) -> None:
+        """Note how many there were since the last look; those of long ago explain nothing.
+
+        Args:
+            at_once: Else only where the last look is a moment ago.
+        """
         now = time.monotonic()
+        if not at_once and now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        before, self._count = self._count, oom_kills()
         if now - self._rose_at > OOM_KILL_SECONDS:
             self._unexplained = 0
         if before is not None and self._count is not None and self._count > before:

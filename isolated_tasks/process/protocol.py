@@ -109,8 +109,9 @@ SPAWN_DESCRIPTORS = 4
 #: whenever such a block is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
 MAPPED_FROM = 256 * 1024
 
-#: What a reader takes in at once, and so the largest read that may hold several frames.
-SCRATCH_SIZE = 4 * 1024
+#: What a reader takes in at once, and so the largest read that may hold several frames. The fixed
+#: part of a frame with all the buffers that it may have must fit.
+SCRATCH_SIZE = 12 * 1024
 
 Bytes = bytes | bytearray | memoryview
 
@@ -458,13 +459,16 @@ def encode(message: Message) -> list[Bytes]:
     body: Bytes
     buffers: Sequence[Bytes] = ()
     flags = 0
-    if isinstance(message, (Call, Outcome)):  # noqa: UP038 - a union is made anew each time
+    if isinstance(message, (Call, Outcome)):
         body, buffers = message.pickled, message.buffers
-        if kind is Kind.OUTCOME and message.last:
+        if isinstance(message, Outcome) and message.last:
             flags = LAST
-    elif isinstance(message, (Accepted, Begun)):  # noqa: UP038
-        # What json would make of it, which a child has no other use for.
+    elif isinstance(message, (Accepted, Begun)):
+        # What json would make of it. Its encoder is more than such a message needs, and whatever a
+        # child or its forkserver runs just after a fork is copied for that, page by page.
         body = b'{"pid": %d}' % message.pid
+    elif isinstance(message, Started) and message.group is None:
+        body = b'{"pid": %d, "group": null}' % message.pid
     elif isinstance(message, Boot):
         values = dict(vars(message))
         buffers = (values.pop("setup_argument"),)
@@ -487,7 +491,8 @@ def decode(frame: Frame) -> Message:
     if frame.kind is Kind.OUTCOME:
         return Outcome(frame.body, frame.buffers, last=bool(frame.flags & LAST))
     try:
-        values = json.loads(bytes(frame.body))
+        # Not bytes, of which json would look for the encoding first.
+        values = json.loads(str(frame.body, "ascii"))
         if frame.kind is Kind.BOOT:
             values["setup_argument"] = bytes(frame.buffers[0])
         message: Message = _CLASS_OF[frame.kind](**values)
@@ -519,7 +524,9 @@ def _admitted(hint: Any) -> tuple[type, ...]:
     if hint is float:
         return (int, float)
     parts = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return tuple(get_origin(part) or part for part in parts)
+    types_ = (get_origin(part) or part for part in parts)
+    # Of mappings, JSON has one kind.
+    return tuple(dict if one is Mapping else one for one in types_)
 
 
 def _admitted_items(hint: Any) -> tuple[type, ...] | None:

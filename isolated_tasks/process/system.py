@@ -29,6 +29,7 @@ import psutil
 
 __all__ = [
     "MAXRSS_UNIT_BYTES",
+    "accept",
     "arm_lifeline",
     "become_subreaper",
     "child_exit",
@@ -74,6 +75,8 @@ waitid = os.waitid
 getsignal = _signal.getsignal
 set_signal = _signal.signal
 SIG_DFL, SIG_IGN = _signal.SIG_DFL, _signal.SIG_IGN
+_Socket = socket.socket
+_AF_UNIX, _SOCK_STREAM = int(socket.AF_UNIX), int(socket.SOCK_STREAM)
 
 IS_LINUX = sys.platform.startswith("linux")
 
@@ -162,6 +165,16 @@ def disarm_lifeline(descriptor: int) -> None:
     if _O_ASYNC is not None:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_O_ASYNC)
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """``listener.accept()`` for a Unix socket, without making enums of numbers that are known.
+
+    Raises:
+        OSError: As ``accept``.
+    """
+    descriptor, _ = listener._accept()  # type: ignore[attr-defined]
+    return _Socket(_AF_UNIX, _SOCK_STREAM, 0, fileno=descriptor)
 
 
 def is_closed_by_peer(descriptor: int) -> bool:

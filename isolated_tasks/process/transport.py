@@ -27,9 +27,7 @@ _MAX_PIECES = 512
 # Numbers, because those of `socket` are members of enums, with which arithmetic is slow.
 _MSG_CMSG_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _MSG_CTRUNC = int(socket.MSG_CTRUNC)
-_ROOM_FOR_DESCRIPTORS = socket.CMSG_SPACE(
-    protocol.SPAWN_DESCRIPTORS * array.array("i").itemsize
-)
+_ROOM_FOR_DESCRIPTORS = socket.CMSG_SPACE(protocol.SPAWN_DESCRIPTORS * array.array("i").itemsize)
 
 # Bound before a preload gets the chance to replace it: gevent's makes an event loop for itself.
 _Socket = socket.socket
