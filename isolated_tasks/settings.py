@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import operator
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -132,13 +133,21 @@ def _all_said(task: IsolatedMixin) -> tuple[object, ...]:
         # Before the configuration is read there are none; asking for anything has it read.
         _ = task.app.conf.timezone
     conf = task.app.conf
-    # Copies: what is compared must not be what is changed in place.
-    values = [_copy(getattr(task, name)) for name in TASK_OPTIONS]
+    values = _options_of(task)
+    if not _UNCHANGEABLE.issuperset(map(type, values)):
+        # Copies: what is compared must not be what is changed in place.
+        values = tuple(map(_copy, values))
     return (values, dict(conf.changes), len(conf.maps))
 
 
 def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, list | dict) else value
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, list) else value
+
+
+_options_of = operator.attrgetter(*TASK_OPTIONS)
+_UNCHANGEABLE = frozenset({type(None), bool, int, float, str, tuple})
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,27 @@ def test_messages_from_before_the_end_are_read_and_then_it_is_the_end(pair: Pair
     pair[0].send(Signal(1))
     pair[0].close()
 
-    assert received(pair[1]) == [Signal(1)]
+    assert list(pair[1].rest()) == [Signal(1)]
     assert pair[1].at_eof
     assert pair[1].receive() is None
+
+
+def test_who_is_told_of_more_is_not_kept_with_another_look(pair: Pair) -> None:
+    pair[0].send(Signal(1))
+    pair[0].close()
+
+    assert received(pair[1]) == [Signal(1)]
+    assert not pair[1].at_eof
+    assert received(pair[1]) == []
+    assert pair[1].at_eof
+
+
+def test_what_comes_behind_descriptors_is_here_too(pair: Pair) -> None:
+    """One read ends where descriptors come, also if there is more."""
+    pair[0].send(Signal(1), (0,))
+    pair[0].send(Signal(2))
+
+    assert list(pair[1].rest()) == [Signal(1), Signal(2)]
 
 
 def test_a_peer_that_stops_writing_still_reads(pair: Pair) -> None:
@@ -134,7 +152,7 @@ def test_a_peer_that_went_without_reading_is_an_end_and_no_error(pair: Pair) -> 
     pair[0].close()
 
     # ECONNRESET: it had not read everything.
-    assert received(pair[1]) == [Signal(2)]
+    assert list(pair[1].rest()) == [Signal(2)]
     assert pair[1].at_eof
 
 
