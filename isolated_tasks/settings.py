@@ -163,7 +163,7 @@ class WorkerSettings:
     forkserver_max_calls: int | None = None
     #: ``isolated_spares``: so many children of each process that has slots are forked ahead, each
     #: for the next call of a task that was called twice in a row.
-    spares: int = 0
+    spares: int = 1
     #: ``isolated_worker_process_init``: send Celery's ``worker_process_init`` and
     #: ``worker_process_shutdown`` in each child, as in each pool process.
     worker_process_init: bool = True

@@ -77,6 +77,8 @@ class Condition:
             later: The condition after the call.
             may_leave_children: Processes that a body leaves are there on purpose.
         """
+        if later == self:
+            return []
         found = []
         threads = sorted(
             thread.name for thread in later.threads - self.threads if not _is_reporter(thread)

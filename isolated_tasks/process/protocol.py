@@ -580,6 +580,11 @@ class FrameReader:
         return bool(self._filled or self._head)
 
     @property
+    def is_broken(self) -> bool:
+        """Whether nothing that follows can be understood."""
+        return self._error is not None
+
+    @property
     def progress(self) -> tuple[int, int]:
         """Bytes that are here, and bytes that the frame has, of body and buffers together."""
         here = sum(_size(piece) for piece in self._pieces) + self._target_filled

@@ -257,9 +257,10 @@ class Channel:
         if count == 0:
             self.at_eof = True
             return
-        # As a rule. A read also ends where descriptors come, or another process's bytes.
-        self._is_drained = count < len(space)
         self._frames.extend(self._reader.received(count))
+        # As a rule: a read also ends where descriptors come, or another process's bytes. What is
+        # no frame is to be said as soon as those before it are told.
+        self._is_drained = count < len(space) and not self._reader.is_broken
 
     def shut_down_writing(self) -> None:
         """Let the peer see end-of-file; what it sends still arrives."""
