@@ -181,7 +181,9 @@ class Children:
                 self._spares_starting -= 1
 
     def _take_spare(self, options: ProcessOptions) -> Supervisor | None:
-        child = self._take(self._spares, options)
+        while (child := self._take(self._spares, options)) is not None and not child.has_forkserver:
+            # Nobody would tell how it ends; and the next forkserver is what there is to be used.
+            self._end(child)
         if child is not None:
             # No two calls' memory in one slot: the last child may still be exiting.
             self._make_room()

@@ -214,6 +214,11 @@ class Supervisor:
         return self._life.state is State.READY
 
     @property
+    def has_forkserver(self) -> bool:
+        """Whether the forkserver that has started the child is there, as far as is known."""
+        return not self._forkserver_gone
+
+    @property
     def has_exited(self) -> bool:
         """Whether the child has been reaped, as far as is known now."""
         if self._life.state is not State.EXITED:

@@ -27,9 +27,14 @@ PRELOAD = ("celery", "numpy")
 
 UNTIL_RESULT = "call, until the result is there"
 UNTIL_REAPED = "call, until reaped"
-WITH_SPARE = "call that a spare serves, until the result is there"
 IN_A_BATCH = "call, in a process of a batch"
-OURS = (UNTIL_RESULT, UNTIL_REAPED, WITH_SPARE, IN_A_BATCH)
+OURS = (
+    UNTIL_RESULT,
+    UNTIL_REAPED,
+    f"{UNTIL_RESULT}, without a spare",
+    f"{UNTIL_REAPED}, without a spare",
+    IN_A_BATCH,
+)
 
 
 def measure(scale: Scale) -> Section:
@@ -37,14 +42,11 @@ def measure(scale: Scale) -> Section:
     section = Section("A call alone")
     with contextlib.ExitStack() as stack:
         launcher = stack.enter_context(forkserver(*PRELOAD, "bench.bodies"))
-        slot = Slot(launcher.address)
         batch = Slot(launcher.address, batch_size=1_000_000, batch_idle_timeout=1000)
-        stack.callback(slot.close)
         stack.callback(batch.close)
         contenders = [
             stack.enter_context(asked("bare_fork", *PRELOAD)),
-            one_call(slot),
-            with_spare(stack, launcher.address),
+            *(one_call(stack, launcher.address, spares=spares) for spares in (1, 0)),
             timed(IN_A_BATCH, lambda: batch.run(bodies.nothing)),
             *(stack.enter_context(peer()) for peer in QUICK_PEERS),
         ]
@@ -55,10 +57,9 @@ def measure(scale: Scale) -> Section:
     for name, values in found.items():
         section.add(name, values)
     bare = "bare fork, exit and wait"
-    section.ratio(UNTIL_RESULT, bare, at_most(0.8))
-    section.ratio(UNTIL_REAPED, bare, at_most(1.3))
-    section.ratio(WITH_SPARE, bare)
-    section.ratio(IN_A_BATCH, bare)
+    bounds = {UNTIL_RESULT: at_most(0.8), UNTIL_REAPED: at_most(1.3)}
+    for name in OURS:
+        section.ratio(name, bare, bounds.get(name))
     section.ratio(UNTIL_RESULT, "billiard's forkserver", at_most(0.25))
     for name in found:
         if name not in (*OURS, bare, "billiard's forkserver"):
@@ -66,41 +67,36 @@ def measure(scale: Scale) -> Section:
     return section
 
 
-def one_call(slot: Slot) -> Contender:
-    """Ours."""
+def one_call(stack: contextlib.ExitStack, address: str, *, spares: int) -> Contender:
+    """Ours; with a spare, as by default, one that is there: the call before was a moment ago."""
+    slot = Slot(address, spares=spares)
+    stack.callback(slot.close)
+    suffix = "" if spares else ", without a spare"
 
     def call() -> Mapping[str, float]:
+        while spares and not slot.children._spares:
+            slot.run(bodies.nothing)
+        reap(slot)
+        for spare in slot.children._spares:
+            # Born, as far as can be seen from here: it waits for its call.
+            while spare.pid is None:
+                assert spare.is_usable
+            wait_status(spare.pid, psutil.STATUS_SLEEPING)
         began = time.perf_counter()
         slot.run(bodies.nothing)
         there = time.perf_counter()
         # Not what a worker does: its next call waits for the child, if it is so quick.
-        for child in list(slot.children._exiting):
-            child.wait_exited()
-        return {UNTIL_RESULT: there - began, UNTIL_REAPED: time.perf_counter() - began}
+        reap(slot)
+        ended = time.perf_counter()
+        return {UNTIL_RESULT + suffix: there - began, UNTIL_REAPED + suffix: ended - began}
 
     return call
 
 
-def with_spare(stack: contextlib.ExitStack, address: str) -> Contender:
-    """Ours, with a child that is there already: the one before was a moment ago, as in a worker."""
-    slot = Slot(address, spares=1)
-    stack.callback(slot.close)
-
-    def call() -> Mapping[str, float]:
-        while not slot.children._spares:
-            slot.run(bodies.nothing)
-        for child in list(slot.children._exiting):
-            child.wait_exited()
-        # Born, as far as can be seen from here: it waits for its call.
-        (spare,) = slot.children._spares
-        while spare.pid is None:
-            assert spare.is_usable
-        wait_status(spare.pid, psutil.STATUS_SLEEPING)
-        began = time.perf_counter()
-        slot.run(bodies.nothing)
-        return {WITH_SPARE: time.perf_counter() - began}
-
-    return call
+def reap(slot: Slot) -> None:
+    """Wait until the children that are exiting have been reaped."""
+    for child in list(slot.children._exiting):
+        child.wait_exited()
 
 
 # ── peers ───────────────────────────────────────────────────────────────────────────────────────

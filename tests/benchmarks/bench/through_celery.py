@@ -12,8 +12,8 @@ from bench.workers import RQVariant, Variant, per_task, started
 
 PLAIN = Variant("plain", "bench.app.plain")
 ISOLATED = Variant("isolated", "bench.app.isolated")
-WITH_SPARE = Variant(
-    "isolated, isolated_spares=1", "bench.app.isolated", arguments=("--", "isolated.spares=1")
+WITHOUT_SPARE = Variant(
+    "isolated, isolated_spares=0", "bench.app.isolated", arguments=("--", "isolated.spares=0")
 )
 RQ = RQVariant("RQ")
 FRESH = "--max-tasks-per-child=1"
@@ -38,12 +38,20 @@ def several(task: str, pool: str, concurrency: int) -> Variant:
 def measure(scale: Scale) -> Section:
     """Measure all of it."""
     section = Section("Light tasks through Celery and Redis, one slot")
-    variants = [PLAIN, ISOLATED, WITH_SPARE, *map(batch, scale.batch_sizes), fresh(1), fresh(2), RQ]
+    variants = [
+        PLAIN,
+        ISOLATED,
+        WITHOUT_SPARE,
+        *map(batch, scale.batch_sizes),
+        fresh(1),
+        fresh(2),
+        RQ,
+    ]
     _measure(section, variants, scale)
     rate = "tasks/s, {} / {}"
     for name, against, bound in (
         ("isolated", "plain", at_least(0.4)),
-        (WITH_SPARE.name, "plain", None),
+        (WITHOUT_SPARE.name, "plain", None),
         ("isolated, batch of 20", "plain", at_least(0.8)),
         ("isolated", fresh(1).name, at_least(100)),
         ("isolated", fresh(2).name, at_least(25)),
