@@ -38,14 +38,11 @@ from isolated_tasks.process.outcome import Failure, Outcome
 from isolated_tasks.process.protocol import Boot, Spawn
 from isolated_tasks.process.stderr import Diversion
 from isolated_tasks.process.transport import Channel
+from isolated_tasks.process.usage import Meter
 
 __all__ = ["ExitCode", "Inherited", "is_child", "main"]
 
 logger = logging.getLogger(__name__)
-
-#: A child to which no call comes is a spare that nobody needs, and ends after so many seconds. Its
-#: memory is not much, but a forkserver that was replaced stays for as long as its children do.
-FIRST_CALL_SECONDS = 60.0
 
 _is_child = False
 
@@ -223,18 +220,21 @@ class _Server:
         self._failure = failure
         self._group = inherited.group
         self._stderr = Diversion(inherited.stderr)
+        self._meter = Meter(is_forked=spawn.start_method == "forkserver")
         self._pid = os.getpid()
 
     def serve(self) -> int:
         """Serve up to ``batch_size`` calls; return the exit code."""
         for position in range(1, self._spawn.batch_size + 1):
-            idle_timeout = FIRST_CALL_SECONDS if position == 1 else self._spawn.batch_idle_timeout
-            call = self._receive(idle_timeout)
+            spawn = self._spawn
+            timeout = spawn.first_call_timeout if position == 1 else spawn.batch_idle_timeout
+            call = self._receive(timeout)
             if call is None or isinstance(call, protocol.Halt):
                 break
             if not isinstance(call, protocol.Call):
                 raise ProtocolError(f"a call was to come, but {type(call).__name__} came")
             self._limits.is_serving = True
+            self._meter.begin()
             self._send(protocol.Accepted(self._pid))
             if self._serve_one(call, is_last=position == self._spawn.batch_size):
                 break
@@ -246,6 +246,7 @@ class _Server:
         self._limits.found = None
         self._stderr.begin()
         outcome = _run(call) if self._failure is None else Outcome(failure=self._failure)
+        measured = self._meter.ended()
         # Should a signal have hit between two steps of the block that has them.
         self._limits.end()
         if os.getpid() != self._pid:
@@ -262,10 +263,13 @@ class _Server:
             os.kill(self._pid, signal.SIGKILL)
         # Once this is sent the next call may come.
         self._limits.is_serving = False
-        self._send(protocol.Outcome(pickled.body, pickled.buffers, last=last))
+        self._send(
+            protocol.Outcome(pickled.body, pickled.buffers, last=last, measured=measured().pack())
+        )
         return last
 
     def _say_begun(self) -> None:
+        self._meter.begun()
         self._send(protocol.Begun(self._pid))
 
     def _is_spent(self) -> bool:

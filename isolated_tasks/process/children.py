@@ -20,13 +20,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from isolated_tasks.errors import ForkserverError, IsolationError
+from isolated_tasks.errors import (
+    ChildLostError,
+    CPUTimeLimitExceeded,
+    ForkserverError,
+    IsolationError,
+    MemoryLimitExceeded,
+    UnpicklableError,
+)
 from isolated_tasks.process import protocol, verdicts
 from isolated_tasks.process.breaker import Breaker
 from isolated_tasks.process.options import CallOptions, ProcessOptions
 from isolated_tasks.process.outcome import Outcome
 from isolated_tasks.process.pickling import Pickled
-from isolated_tasks.process.supervisor import NotBegunError, StoppedError, Supervisor
+from isolated_tasks.process.supervisor import (
+    NotBegunError,
+    StoppedError,
+    Supervisor,
+    TimeIsUpError,
+)
+from isolated_tasks.process.usage import ExitReason, Usage
 
 __all__ = ["Children"]
 
@@ -79,6 +92,7 @@ class Children:
         call_options: CallOptions | None = None,
         *,
         spares: int = 0,
+        on_end: Callable[[Usage], object] = lambda usage: None,
     ) -> Outcome:
         """Run one call, in an idle or spare child with the same options or in a new one.
 
@@ -88,6 +102,7 @@ class Children:
             address: Finds the forkserver's socket; asked anew for each start.
             call_options: The limits of this call.
             spares: So many children may be there ahead, for all calls of this process.
+            on_end: Told what the call used, once it is over and if it had a child.
 
         Raises:
             StoppedError: Somebody has asked for that.
@@ -97,9 +112,33 @@ class Children:
                 they had begun anything.
             IsolationError: A limit was exceeded, see `Supervisor.call`.
         """
-        call_options = call_options or CallOptions(options.name)
-        call_id = call_options.call_id
         attempts = _Attempts(options)
+        try:
+            outcome = self._call(
+                pickled,
+                options,
+                address,
+                call_options or CallOptions(options.name),
+                spares,
+                attempts,
+            )
+        except Exception as exc:
+            attempts.tell(on_end, _exit_reason(exc))
+            raise
+        failed = outcome.failure is not None
+        attempts.tell(on_end, ExitReason.RAISED if failed else ExitReason.RETURNED)
+        return outcome
+
+    def _call(
+        self,
+        pickled: Pickled,
+        options: ProcessOptions,
+        address: Callable[[], str],
+        call_options: CallOptions,
+        spares: int,
+        attempts: _Attempts,
+    ) -> Outcome:
+        call_id = call_options.call_id
         expects_another = self._expects_another(options, spares)
         with self._running_one():
             while True:
@@ -117,6 +156,7 @@ class Children:
                         raise StoppedError("stopped before it began")
                     if expects_another:
                         child.on_begun = lambda: self._have_spare(options, address, spares)
+                    attempts.made(child)
                     outcome = child.call(pickled, call_options, meanwhile=address)
                     # It may have been stopped while its outcome was being loaded.
                     _ = child.has_exited
@@ -173,7 +213,7 @@ class Children:
             # Whatever is in its way: the next call asks for a child of its own. A body runs, and
             # has limits that are to be kept, so nothing is waited for here.
             with contextlib.suppress(ForkserverError, NotBegunError):
-                spare = self._start(options, address(), CallOptions(options.name), patience=0)
+                spare = self._start(options, address(), CallOptions(options.name), is_spare=True)
                 with self._lock:
                     self._spares.append(spare)
         finally:
@@ -203,7 +243,7 @@ class Children:
         address: str,
         call_options: CallOptions,
         *,
-        patience: float | None = None,
+        is_spare: bool = False,
     ) -> Supervisor:
         child = Supervisor(
             address,
@@ -211,7 +251,7 @@ class Children:
             call_options.call_id,
             self._remember_stop,
             failures=self._breaker.stillborn,
-            patience=patience,
+            is_spare=is_spare,
         )
         child.renewal = self._renewals
         child.on_waiting = self._end_idle
@@ -384,14 +424,44 @@ class Children:
             child.close()
 
 
+def _exit_reason(error: Exception) -> ExitReason:
+    """How a call has ended that has no outcome."""
+    if isinstance(error, ChildLostError) and error.oom_killed:
+        return ExitReason.OUT_OF_MEMORY
+    return next((one for cls, one in _EXIT_REASONS.items() if isinstance(error, cls)), _LOST)
+
+
+_LOST = ExitReason.LOST
+_EXIT_REASONS = {
+    StoppedError: ExitReason.STOPPED,
+    TimeIsUpError: ExitReason.TIME_LIMIT,
+    MemoryLimitExceeded: ExitReason.MEMORY_LIMIT,
+    CPUTimeLimitExceeded: ExitReason.CPU_TIME_LIMIT,
+    # What was sent cannot be loaded here.
+    UnpicklableError: ExitReason.RETURNED,
+}
+
+
 class _Attempts:
     """The attempts of one call to get a child that begins its body."""
 
     def __init__(self, options: ProcessOptions) -> None:
         self.name = options.name
         self._timeout = options.start_timeout
+        self._began = time.monotonic()
         self._deadline = 0.0
+        self._child: Supervisor | None = None
+        self._waited = 0.0
         self.begin_anew()
+
+    def made(self, child: Supervisor) -> None:
+        """The call is sent to this child."""
+        self._child, self._waited = child, time.monotonic() - self._began
+
+    def tell(self, on_end: Callable[[Usage], object], reason: ExitReason) -> None:
+        """Say what the call used in the last of its children, if it had one."""
+        if self._child is not None:
+            on_end(self._child.call_usage(reason, self._waited))
 
     def begin_anew(self) -> None:
         """What has passed so far does not count."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
 
 from isolated_tasks.process import memory, stopping
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 #: How long a child that was killed may take to be gone before its call goes on without it.
 KILLED_SECONDS = 1.0
+
+#: Where there is no limit, memory is looked at first so many seconds after a body has begun, and at
+#: least so often; most bodies are over by then.
+FIRST_LOOK, LONGEST_PAUSE = 0.1, 1.0
 
 
 class Enforcer:
@@ -35,6 +40,7 @@ class Enforcer:
         self._soft_deadline: float | None = None
         self._deadline: float | None = None
         self._next_look: float | None = None
+        self._pause = 0.0
         #: Memory of the child and its descendants as it was last seen, and the most of it that was
         #: ever seen, in bytes; None before a look.
         self.last_bytes: int | None = None
@@ -49,6 +55,10 @@ class Enforcer:
     def begun(self) -> None:
         """The body begins: so do the clocks."""
         now = time.monotonic()
+        if self._next_look is None:
+            # Just to know: what its descendants hold nobody else can tell.
+            self._pause = FIRST_LOOK
+            self._next_look = now + self._pause
         if self._call.soft_time_limit is not None:
             self._soft_deadline = now + self._call.soft_time_limit
         if self._call.time_limit is not None:
@@ -114,12 +124,15 @@ class Enforcer:
 
     def _look_at_memory(self, pid: int | None, now: float) -> None:
         limit = self._options.memory_limit_bytes
-        if limit is None or pid is None or self._next_look is None or now < self._next_look:
+        if pid is None or self._next_look is None or now < self._next_look:
             return
-        held = memory.tree_bytes(pid, above=limit)
+        held = memory.tree_bytes(pid, above=sys.maxsize if limit is None else limit)
         self.last_bytes = held
         self.peak_bytes = max(held, self.peak_bytes or 0)
-        if held > limit:
+        if limit is None:
+            self._pause = min(LONGEST_PAUSE, 1.5 * self._pause)
+            self._next_look = time.monotonic() + self._pause
+        elif held > limit:
             self.stop(stopping.on_memory_limit(limit, held))
         else:
             # From the end of the look: a large process takes its time to be looked at.

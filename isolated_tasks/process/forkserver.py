@@ -26,7 +26,7 @@ from isolated_tasks.process.admission import Admission, Answer
 from isolated_tasks.process.protocol import Adopt, Boot, Loaded, Spawn
 from isolated_tasks.process.strays import Strays
 from isolated_tasks.process.transport import Channel
-from isolated_tasks.process.usage import Usage
+from isolated_tasks.process.usage import ProcessUsage
 from isolated_tasks.process.wear import Wear
 
 __all__ = ["main"]
@@ -581,7 +581,7 @@ class _Loop:
                 _, status, rusage = os.wait4(pid, 0)
                 exit_code = os.waitstatus_to_exitcode(status)
                 in_order &= exit_code == child.ExitCode.DONE and pid in self._by_pid
-                self._report(pid, exit_code, Usage.from_rusage(rusage))
+                self._report(pid, exit_code, ProcessUsage.from_rusage(rusage))
             in_order &= bool(self._by_pid) or self._strays.spares_any
             if not in_order or self._strays.are_seen():
                 # A child that leaves in order has looked for processes that it would leave behind
@@ -591,7 +591,7 @@ class _Loop:
         # One of them may have been the last in its group.
         self._groups.tidy()
 
-    def _report(self, pid: int, exit_code: int, usage: Usage) -> None:
+    def _report(self, pid: int, exit_code: int, usage: ProcessUsage) -> None:
         connection = self._by_pid.pop(pid, None)
         if connection is None:
             return

@@ -27,6 +27,9 @@ __all__ = [
 #: A smaller buffer is copied into the pickle: one more piece to send costs more.
 OUT_OF_BAND_FROM = 64 * 1024
 
+#: Of one value: an outcome has one more.
+MAX_BUFFERS = CALL_LIMITS.buffers - 1
+
 #: How deep `_guilty` looks into nested values.
 MAX_DEPTH = 20
 
@@ -71,7 +74,7 @@ def dumps(value: object, *, pickler: PicklerFactory = cloudpickle.Pickler) -> Pi
             raw = buffer.raw()
         except BufferError:  # not contiguous
             return True
-        if raw.nbytes < OUT_OF_BAND_FROM or len(buffers) >= CALL_LIMITS.buffers:
+        if raw.nbytes < OUT_OF_BAND_FROM or len(buffers) >= MAX_BUFFERS:
             return True
         buffers.append(raw)
         return False

@@ -170,6 +170,8 @@ class Spawn:
     name: str
     start_method: str
     batch_size: int
+    #: In seconds, to which no call comes: then the child ends.
+    first_call_timeout: float
     batch_idle_timeout: float
     batch_memory_limit_bytes: int | None
     memory_limit_bytes: int | None
@@ -310,6 +312,8 @@ class Outcome:
     buffers: Sequence[Bytes] = ()
     #: The child serves no more calls.
     last: bool = False
+    #: What the call used, as `usage.Measured` packs it. It travels as the first buffer.
+    measured: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -461,8 +465,9 @@ def encode(message: Message) -> list[Bytes]:
     flags = 0
     if isinstance(message, (Call, Outcome)):
         body, buffers = message.pickled, message.buffers
-        if isinstance(message, Outcome) and message.last:
-            flags = LAST
+        if isinstance(message, Outcome):
+            flags = LAST if message.last else 0
+            buffers = (message.measured, *buffers)
     elif isinstance(message, (Accepted, Begun)):
         # What json would make of it. Its encoder is more than such a message needs, and whatever a
         # child or its forkserver runs just after a fork is copied for that, page by page.
@@ -489,7 +494,11 @@ def decode(frame: Frame) -> Message:
     if frame.kind is Kind.CALL:
         return Call(frame.body, frame.buffers)
     if frame.kind is Kind.OUTCOME:
-        return Outcome(frame.body, frame.buffers, last=bool(frame.flags & LAST))
+        if not frame.buffers:
+            raise ProtocolError("an outcome does not say what its call used")
+        measured, *buffers = frame.buffers
+        last = bool(frame.flags & LAST)
+        return Outcome(frame.body, buffers, last=last, measured=bytes(measured))
     try:
         # Not bytes, of which json would look for the encoding first.
         values = json.loads(str(frame.body, "ascii"))

@@ -37,13 +37,15 @@ from isolated_tasks.process.options import CallOptions, ProcessOptions
 from isolated_tasks.process.outcome import Outcome
 from isolated_tasks.process.pickling import Pickled
 from isolated_tasks.process.transport import Channel, Lifeline
-from isolated_tasks.process.usage import Usage
+from isolated_tasks.process.usage import ExitReason, Measured, ProcessUsage, Usage
 
 __all__ = ["NotBegunError", "StoppedError", "Supervisor", "TimeIsUpError"]
 
 logger = logging.getLogger(__name__)
 
 _RETRY_CONNECT_SECONDS = 0.05
+#: A child waits so long for the call that it was started for; its requester may have been stopped.
+FIRST_CALL_SECONDS = 60.0
 #: What loading a pickle raises, by the pickle module's own words and in practice.
 UNLOADABLE = (
     pickle.UnpicklingError,
@@ -108,8 +110,8 @@ class Supervisor:
         call_id: Of the first call.
         on_stop: Told of requests to stop a call that is not this child's.
         failures: How many children before this one have failed in a row to begin a body.
-        patience: How long the forkserver may take to take the request, in seconds; None for
-            ``start_timeout``.
+        is_spare: Whether there is no call for it yet. Then it ends as one that is idle in a batch,
+            and is not waited for if the forkserver does not take the request at once.
 
     Raises:
         ForkserverError: The forkserver cannot be reached.
@@ -124,19 +126,24 @@ class Supervisor:
         on_stop: Callable[[protocol.Stop], object] = lambda stop: None,
         *,
         failures: int = 0,
-        patience: float | None = None,
+        is_spare: bool = False,
     ) -> None:
         self.options = options
         self.pid: int | None = None
         #: How the process ended; None while it lives, and where nobody could tell.
         self.exit_code: int | None = None
-        self.usage: Usage | None = None
+        self.usage: ProcessUsage | None = None
         self._address = address
         self._life = Lifecycle()
         self._accepted = self._begun = False
         #: Whether it did not come to accept a call in time.
         self.is_late = False
         self._outcome: protocol.Outcome | None = None
+        #: Calls that it was sent.
+        self._position = 0
+        self._call_began = self._body_began = 0.0
+        self._argument_bytes = self._result_bytes = 0
+        self._measured: Measured | None = None
         self._refused: protocol.Refused | None = None
         self._oom_killed: bool | None = None
         self._oom_evidence = ""
@@ -162,7 +169,7 @@ class Supervisor:
         self._offence = ""
         self._adoptions = 0
         self._pidfd: int | None = None
-        deadline = time.monotonic() + (options.start_timeout if patience is None else patience)
+        deadline = time.monotonic() + (0 if is_spare else options.start_timeout)
         with contextlib.ExitStack() as if_it_fails, _as_forkserver_error(address):
             self._lifeline = Lifeline()
             if_it_fails.callback(self._lifeline.close)
@@ -181,7 +188,8 @@ class Supervisor:
             with theirs:
                 reader, writer = self._lifeline.reader, self._stderr.writer
                 descriptors = (theirs.fileno(), reader, self._crash, writer)
-                self._request(descriptors, deadline, call_id, failures)
+                waits = options.batch_idle_timeout if is_spare else FIRST_CALL_SECONDS
+                self._request(descriptors, deadline, call_id, failures, waits)
             self._lifeline.close_reader()
             self._stderr.close_writer()
             if self._stderr.fileno() >= 0:
@@ -254,6 +262,10 @@ class Supervisor:
             TimeIsUpError: It was stopped, as the body had run for too long.
         """
         self._accepted, self._begun, self._outcome = False, False, None
+        self._position += 1
+        self._call_began = time.monotonic()
+        self._argument_bytes, self._result_bytes = pickled.size, 0
+        self._measured = None
         self._stderr.forget()
         self._call_options = options or CallOptions(self.options.name)
         self._enforcer = enforcer = Enforcer(self.options, self._call_options)
@@ -287,6 +299,8 @@ class Supervisor:
             raise self._stopped(enforcer.ladder)
         if self._outcome is not None:
             outcome, self._outcome = self._outcome, None
+            self._measured = Measured.unpack(outcome.measured)
+            self._result_bytes = Pickled(outcome.pickled, outcome.buffers).size
             if enforcer.soft_signal_sent:
                 # Not again: should the signal still be under way, it is not for the next body.
                 self._dismiss_if_ready()
@@ -394,13 +408,19 @@ class Supervisor:
     # ── sending ─────────────────────────────────────────────────────────────────────────────────
 
     def _request(
-        self, descriptors: tuple[int, ...], deadline: float, call_id: str | None, failures: int
+        self,
+        descriptors: tuple[int, ...],
+        deadline: float,
+        call_id: str | None,
+        failures: int,
+        first_call_timeout: float,
     ) -> None:
         options = self.options
         spawn = protocol.Spawn(
             name=options.name,
             start_method=options.start_method,
             batch_size=options.batch_size,
+            first_call_timeout=first_call_timeout,
             batch_idle_timeout=options.batch_idle_timeout,
             batch_memory_limit_bytes=options.batch_memory_limit_bytes,
             memory_limit_bytes=options.memory_limit_bytes,
@@ -656,7 +676,9 @@ class Supervisor:
             self._refused = message
             self._exited(None, None)
         elif isinstance(message, protocol.Exited):
-            usage = Usage(message.peak_rss_bytes, message.user_seconds, message.system_seconds)
+            usage = ProcessUsage(
+                message.peak_rss_bytes, message.user_seconds, message.system_seconds
+            )
             self._oom_killed = message.oom_killed
             self._oom_evidence = message.oom_evidence
             self._memory_limit_hit = message.memory_limit_hit
@@ -677,6 +699,7 @@ class Supervisor:
         elif isinstance(message, protocol.Begun):
             self._begun = True
             self._life.handle(Event.BEGUN)
+            self._body_began = time.monotonic()
             self._start_by(None)
             self._enforcer.begun()
             self.on_begun()
@@ -707,7 +730,7 @@ class Supervisor:
         if self._forkserver_gone and pidfd is not None and pidfd not in self._selector.get_map():
             self._selector.register(pidfd, selectors.EVENT_READ)
 
-    def _exited(self, exit_code: int | None, usage: Usage | None) -> None:
+    def _exited(self, exit_code: int | None, usage: ProcessUsage | None) -> None:
         # All that the child ever wrote is here by now, see lifecycle.py. Its end of the socket
         # may still be open in a process that it forked: what is here counts, not end-of-file.
         if usage is None:
@@ -786,12 +809,53 @@ class Supervisor:
             group_peak_bytes=self._group_peak_bytes,
         )
 
+    def call_usage(self, reason: ExitReason, waited: float = 0.0) -> Usage:
+        """What the last call used, as far as is known.
+
+        Args:
+            reason: How it ended.
+            waited: What has passed, in seconds, from the call to its being sent to this child.
+        """
+        measured, process = self._measured, self.usage
+        began = self._body_began if self._begun else time.monotonic()
+        wall: float | None = None
+        peak = tree_peak = baseline = None
+        user = kernel = None
+        if measured is not None:
+            wall, baseline = measured.wall_seconds, measured.baseline_bytes
+            peak, tree_peak = measured.peak_bytes, measured.tree_peak_bytes
+            user, kernel = measured.user_seconds, measured.system_seconds
+        else:
+            if self._begun:
+                wall = time.monotonic() - self._body_began
+            if process is not None and self._position == 1:
+                # Of one that has served others, it may be theirs.
+                peak = tree_peak = process.peak_rss_bytes
+                user, kernel = process.user_seconds, process.system_seconds
+        peaks = (tree_peak, self._enforcer.peak_bytes, self._group_peak_bytes)
+        return Usage(
+            pid=self.pid,
+            peak_bytes=peak,
+            tree_peak_bytes=max((one for one in peaks if one is not None), default=None),
+            baseline_bytes=baseline,
+            user_seconds=user,
+            system_seconds=kernel,
+            wall_seconds=wall,
+            start_seconds=waited + began - self._call_began,
+            argument_bytes=self._argument_bytes,
+            result_bytes=self._result_bytes,
+            start_method=self.options.start_method,
+            position=self._position,
+            exit_reason=reason,
+        )
+
 
 def _outcome_limits(options: ProcessOptions) -> protocol.Limits:
     """What may come from a child. An honest one says itself what is too large, which is small."""
     size = options.max_result_bytes
     buffers = protocol.CALL_LIMITS.buffers
-    return protocol.Limits(body=size, buffers=buffers, buffer=size, total=size)
+    total = size + Measured.SIZE
+    return protocol.Limits(body=size, buffers=buffers, buffer=size, total=total)
 
 
 def _connect(address: str, deadline: float) -> socket.socket:

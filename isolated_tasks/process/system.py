@@ -44,6 +44,7 @@ __all__ = [
     "is_closed_by_peer",
     "lacking",
     "open_pidfd",
+    "peak_rss_bytes",
     "peer_uid",
     "pidfd_exit_code",
     "poll",
@@ -369,6 +370,14 @@ def reset_peak_rss() -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def peak_rss_bytes() -> int | None:
+    """The high-water mark of this process, in bytes; None where proc(5) does not tell."""
+    for line in read_file("/proc/self/status", 4096).splitlines():
+        if line.startswith(b"VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def rss_bytes() -> int:

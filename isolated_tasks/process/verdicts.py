@@ -17,7 +17,7 @@ from isolated_tasks.errors import (
 )
 from isolated_tasks.process import cgroup, protocol, system
 from isolated_tasks.process.options import CallOptions, ProcessOptions
-from isolated_tasks.process.usage import Usage
+from isolated_tasks.process.usage import ProcessUsage
 
 __all__ = [
     "HANDS_OFF",
@@ -46,7 +46,7 @@ class Facts:
     started: bool
     #: A status of 0 or more, or minus the signal; None where nobody could tell.
     exit_code: int | None
-    usage: Usage | None
+    usage: ProcessUsage | None
     #: Whether the kernel's out-of-memory killer has been at work; None where nobody tells.
     oom_killed: bool | None
     oom_evidence: str
@@ -277,7 +277,7 @@ def _ending(facts: Facts) -> str:
     return system.describe_exit(facts.exit_code)
 
 
-def _used(facts: Facts, usage: Usage) -> str:
+def _used(facts: Facts, usage: ProcessUsage) -> str:
     parts = [f"peak RSS {_mib(usage.peak_rss_bytes)}"]
     if facts.last_bytes is not None:
         parts.append(f"with its descendants {_mib(facts.last_bytes)} when last seen")

@@ -1,5 +1,6 @@
 """Messages, frames, and all that a peer can get wrong; not one byte goes through a socket."""
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -58,6 +59,7 @@ SPAWN = Spawn(
     name="tasks.render",
     start_method="forkserver",
     batch_size=3,
+    first_call_timeout=60.0,
     batch_idle_timeout=2.5,
     batch_memory_limit_bytes=None,
     memory_limit_bytes=1 << 33,
@@ -174,10 +176,10 @@ def read(chunks: Iterable[bytes], limits: Limits = LIMITS) -> list[Message]:
 def plain(messages: Sequence[Message]) -> list[Message]:
     """The same messages, their memoryviews as bytes."""
     return [
-        type(message)(
-            bytes(message.pickled),
-            [bytes(buffer) for buffer in message.buffers],
-            **({"last": message.last} if isinstance(message, Outcome) else {}),
+        dataclasses.replace(
+            message,
+            pickled=bytes(message.pickled),
+            buffers=[bytes(buffer) for buffer in message.buffers],
         )
         if isinstance(message, Call | Outcome)
         else message

@@ -3,13 +3,13 @@
 import resource
 import sys
 
-from isolated_tasks.process.usage import Usage
+from isolated_tasks.process.usage import ProcessUsage
 
 
 def test_usage_is_in_bytes_and_seconds() -> None:
     rusage = resource.getrusage(resource.RUSAGE_SELF)
 
-    usage = Usage.from_rusage(rusage)
+    usage = ProcessUsage.from_rusage(rusage)
 
     unit = 1 if sys.platform == "darwin" else 1024
     assert usage.peak_rss_bytes == rusage.ru_maxrss * unit

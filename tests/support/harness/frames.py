@@ -35,6 +35,7 @@ SAMPLES: list[Message] = [
         name="tasks.render",
         start_method="forkserver",
         batch_size=1,
+        first_call_timeout=60.0,
         batch_idle_timeout=5.0,
         batch_memory_limit_bytes=None,
         memory_limit_bytes=1 << 30,
