@@ -8,6 +8,7 @@ The package has two wings, and imports point down only (a test says so)::
     failures    what a call fails with
     request     what the main process does about a call: limits, revocation, acknowledgement
     losses      how the children of one message were lost so far
+    usage       where one finds what a call used
     requester   what the slots of a process share: children, and the way to a forkserver
     body        inside the child: rebuild task.request, run the body
     encoded     what comes back where nothing of a body's is to be unpickled
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         SoftMemoryLimitExceeded,
         UnpicklableError,
     )
+    from isolated_tasks.process.usage import ExitReason, Usage
     from isolated_tasks.task import IsolatedMixin, IsolatedTask
 
 __version__ = "0.1.0"
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CPUTimeLimitExceeded",
     "ChildLostError",
+    "ExitReason",
     "ForkserverError",
     "IsolatedMixin",
     "IsolatedTask",
@@ -67,10 +70,13 @@ __all__ = [
     "ResultTooLargeError",
     "SoftMemoryLimitExceeded",
     "UnpicklableError",
+    "Usage",
     "__version__",
 ]
 
 _MODULE_OF = {
+    "ExitReason": "isolated_tasks.process.usage",
+    "Usage": "isolated_tasks.process.usage",
     "IsolatedMixin": "isolated_tasks.task",
     "IsolatedTask": "isolated_tasks.task",
 }

@@ -14,7 +14,7 @@ from celery.canvas import signature
 from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded
 from celery.result import result_from_tuple
 
-from isolated_tasks import body, byvalue, context, encoded, requester, settings
+from isolated_tasks import body, byvalue, context, encoded, requester, settings, usage
 from isolated_tasks.errors import (
     ChildLostError,
     IsolationError,
@@ -27,6 +27,7 @@ from isolated_tasks.process import pickling
 from isolated_tasks.process.options import CallOptions, ProcessOptions
 from isolated_tasks.process.outcome import Outcome
 from isolated_tasks.process.supervisor import StoppedError, TimeIsUpError
+from isolated_tasks.process.usage import Usage
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -243,13 +244,18 @@ def _run(
     address = functools.partial(requester.address, task.app)
     known_by_value = byvalue.is_by_value(task)
     pickled = _pickle(task, call, by_value=known_by_value)
-    spares = settings.spares_for(task)
-    outcome = children.call(pickled, options, address, call_options, spares=spares)
-    if "unknown_task" in outcome.notes and not known_by_value:
-        # The forkserver's app has no such task: it was made after the import, by a function or
-        # under a condition. Nothing has run.
-        pickled = _pickle(task, call, by_value=True)
-        outcome = children.call(pickled, options, address, call_options)
+    used: list[Usage] = []
+    run = functools.partial(children.call, spares=settings.spares_for(task), on_end=used.append)
+    try:
+        outcome = run(pickled, options, address, call_options)
+        if "unknown_task" in outcome.notes and not known_by_value:
+            # The forkserver's app has no such task: it was made after the import, by a function or
+            # under a condition. Nothing has run.
+            pickled = _pickle(task, call, by_value=True)
+            outcome = run(pickled, options, address, call_options)
+    finally:
+        if used:
+            usage.finished(task, call.task_id, message and message.request, used[-1])
     if "unknown_task" in outcome.notes:
         raise task.app.tasks.NotRegistered(outcome.notes["unknown_task"])
     codec = settings.result_codec(task)

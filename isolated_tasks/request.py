@@ -21,7 +21,7 @@ from celery.exceptions import Reject
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from isolated_tasks import losses, requester, settings
+from isolated_tasks import losses, requester, settings, usage
 from isolated_tasks.errors import ChildLostError
 
 __all__ = ["IsolatedRequest", "RequestMixin"]
@@ -38,6 +38,7 @@ class RequestMixin:
         _apply_result: Any
         _already_cancelled: bool
         _already_revoked: bool
+        send_event: Callable[..., None]
 
     _call_id: str | None = None
     #: The call is being stopped; what Celery marks such a request with comes after that.
@@ -155,9 +156,10 @@ class _Pool:
         }
         # 0 and not None, for which gevent's would take its own.
         options["timeout"] = options["soft_timeout"] = 0
-        args = (name, task_id, {**request, "properties": properties}, *others)
+        args = (target, name, task_id, {**request, "properties": properties}, *others)
+        options["callback"] = usage.handed_on(self._request, options["callback"])
         with _without_limits(getattr(self._pool, "_pool", None)):
-            return self._pool.apply_async(target, args=args, **options)
+            return self._pool.apply_async(usage.traced, args=args, **options)
 
 
 class _Stopping:

@@ -18,6 +18,7 @@ signal                      sent in            when
 `isolated_prerun`           child              before the body of each call
 `isolated_postrun`          child              after the body of each call
 `isolated_process_shutdown` child              before the process exits, unless it is killed
+`isolated_call_finished`    main process       after each call, with what it used
 =========================== ================== ====================================================
 """
 
@@ -27,6 +28,7 @@ from celery.utils.dispatch import Signal
 
 __all__ = [
     "before_isolated_call",
+    "isolated_call_finished",
     "isolated_postrun",
     "isolated_prerun",
     "isolated_process_init",
@@ -48,3 +50,6 @@ isolated_postrun = Signal(
 )
 #: ``sender`` is None. Celery's ``worker_process_shutdown`` comes before it.
 isolated_process_shutdown = Signal(name="isolated_process_shutdown", providing_args=set())
+#: ``sender`` is the task; ``task_id``; ``usage`` is a `Usage`. Of a call that no message was sent
+#: for (an item of ``map``, an errback, ``apply()`` outside a worker) it is sent where it was made.
+isolated_call_finished = Signal(name="isolated_call_finished", providing_args={"task_id", "usage"})

@@ -120,7 +120,8 @@ def test_there_are_never_more_buffers_than_a_frame_may_have() -> None:
 
     pickled = dumps(arrays)
 
-    assert len(pickled.buffers) == CALL_LIMITS.buffers
+    # What the call used comes with an outcome.
+    assert len(pickled.buffers) == CALL_LIMITS.buffers - 1
     assert [array[0] for array in travel(arrays)] == [number % 100 for number in range(5000)]
 
 

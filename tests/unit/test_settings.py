@@ -360,7 +360,7 @@ def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
         ("isolated_forkservers", 3, "forkservers", 3),
         ("isolated_forkservers", None, "forkservers", 1),
         ("isolated_spares", 2, "spares", 2),
-        ("isolated_spares", None, "spares", 0),
+        ("isolated_spares", None, "spares", 1),
         ("isolated_eager", True, "eager", True),
         ("isolated_worker_process_init", False, "worker_process_init", False),
         ("isolated_boot_timeout", 7, "boot_timeout", 7.0),

@@ -1,6 +1,7 @@
 """The stop ladder, and what is due for one call: as if time went as these tests want it to."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(time, "monotonic", clock)
+    # Looks that are there just to know are not what is due here.
+    monkeypatch.setattr(enforcing, "FIRST_LOOK", math.inf)
     return clock
 
 
@@ -139,8 +142,32 @@ def test_without_limits_nothing_is_ever_due(clock: Clock) -> None:
     clock.now += 1e6
 
     assert due(enforcer) is None
-    assert enforcer.wait() is None
+    assert enforcer.wait() == math.inf
     assert not enforcer.is_over
+
+
+def test_without_a_memory_limit_looks_become_rare(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(time, "monotonic", clock)
+    sizes = [3 * MIB, 9 * MIB, *[MIB] * 20]
+    monkeypatch.setattr(memory, "tree_bytes", lambda pid, *, above: sizes.pop(0))
+    enforcer = new_enforcer()
+    enforcer.accepted()
+    # Bodies of less than that are not looked at.
+    assert enforcer.wait() is None
+    enforcer.begun()
+    waits = []
+    while len(waits) < 12:
+        waits.append(enforcer.wait())
+        clock.now += waits[-1] or 0.0
+        assert due(enforcer) is None
+
+    assert waits[0] == pytest.approx(enforcing.FIRST_LOOK)
+    assert waits == sorted(waits)
+    assert waits[-1] == pytest.approx(enforcing.LONGEST_PAUSE)
+    assert (enforcer.last_bytes, enforcer.peak_bytes) == (MIB, 9 * MIB)
 
 
 def test_before_the_body_begins_no_clock_runs(clock: Clock) -> None:

@@ -40,6 +40,9 @@ _SCRUBBED = (
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?([+-]\d\d:\d\d|Z)?"), "<time>"),
     (re.compile(r"datetime\.datetime\(\d{4}, [^()]*(\([^()]*\))?\)"), "<time>"),
     (re.compile(r"(succeeded in )[\d.e-]+s"), r"\1<time>s"),
+    # What an isolated call used, which a plain one does not know.
+    (re.compile(r", peak [\d.]+ \w+(, cpu [\d.e+-]+s)?, pid \d+(?=: )"), ""),
+    (re.compile(r" \(peak [\d.]+ \w+(, cpu [\d.e+-]+s)?, pid \d+\)"), ""),
     (re.compile(r"'pid': \d+"), "'pid': <pid>"),
     (re.compile(r"gen\d+@[\w.-]+"), "<client>"),
 )
