@@ -212,9 +212,10 @@ class Advice:
     verdict: Verdict
     #: In words, with the figures.
     because: str
-    #: How many were measured, and in how many processes.
+    #: How many were measured, in how many processes, and of which workers.
     calls: int
     processes: int
+    workers: tuple[str, ...] = ()
     #: The highest peak of a call, above what its process held as it began.
     peak_bytes: int | None = None
     #: What the process that holds most of it holds idle because of this task.
@@ -287,6 +288,7 @@ def advise(task: TaskFigures) -> Advice:
         because,
         task.calls,
         len(processes),
+        tuple(sorted({worker for worker, _ in task.processes})),
         peak_bytes=peak,
         idle_bytes=fullest.idle_bytes,
         kept_per_call_bytes=None if each is None else round(each),
