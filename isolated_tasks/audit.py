@@ -71,9 +71,9 @@ logger = logging.getLogger(__name__)
 #: The type of the events.
 EVENT = "memory-audit"
 
-#: Which calls of a task in a process are sampled: these, and each `SAMPLED_EVERY` th.
-SAMPLED = frozenset({2, 4, 8, 16, 32, 64})
-SAMPLED_EVERY = 128
+#: Which calls of a task in a process are sampled: these, and then one in `SAMPLED_EVERY`.
+SAMPLED = frozenset({2, 4, 8, 16, 32, 64, 128, 256})
+SAMPLED_EVERY = 512
 
 #: What a block of Python's allocator is taken for, in bytes: the mean in a worker that has loaded
 #: Celery. And what it is at the most (Objects/obmalloc.c).

@@ -78,15 +78,17 @@ def audit_command(
     auditor = Auditor(tasks)
     began = time.monotonic()
     lost: Exception | None = None
-    # Whoever ends it from a script does not lose what was heard.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors = (OperationalError, OSError, *app.connection_for_read().connection_errors)
+    # Whoever ends it from a script does not lose what was heard either.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         listen(app, auditor, seconds=seconds, calls=calls, on_ready=lambda: _say_ready(calls))
     except KeyboardInterrupt:
         pass
     except errors as exc:
         lost = exc
+    finally:
+        signal.signal(signal.SIGTERM, before)
     advice = auditor.advice()
     if as_json:
         click.echo(json.dumps(_as_json(advice, time.monotonic() - began), indent=2))
