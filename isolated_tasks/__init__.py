@@ -25,10 +25,10 @@ The package has two wings, and imports point down only (a test says so)::
     ──────────
     errors      every exception; imports nothing
 
-What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors`` and
-``isolated_tasks.signals`` are public; everything else may change. Names are loaded on first use
-(PEP 562), because the forkserver and a spawned child import this package too and must be free to do
-so without Celery.
+What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors``,
+``isolated_tasks.signals`` and ``isolated_tasks.audit.install`` are public; everything else may
+change. Names are loaded on first use (PEP 562), because the forkserver and a spawned child import
+this package too and must be free to do so without Celery.
 """
 
 from __future__ import annotations

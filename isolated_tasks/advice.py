@@ -256,6 +256,7 @@ def advise(task: TaskFigures) -> Advice:
     fullest = max(processes, key=lambda figures: figures.idle_bytes)
     peak = max(figures.highest_peak_bytes for figures in processes)
     of_peak = f"of a peak of {size(peak)} a process holds {size(fullest.idle_bytes)} idle"
+    blocks = _median(call.blocks for call in task.recent)
     batch_size = None
     if span < ENOUGH_CALLS or each is None or rss.a_call is None:
         verdict = Verdict.TOO_FEW_CALLS
@@ -271,6 +272,8 @@ def advise(task: TaskFigures) -> Advice:
             f"each of {span} calls added {size(each)}, and does so in the later half and after"
             f" gc.collect() too; {of_peak}"
         )
+        if blocks is not None:
+            because += f"; blocks of Python's allocator that a call leaves: {blocks}"
     elif any(figures.keeps_its_peak for figures in processes):
         verdict = Verdict.KEEPS_ITS_PEAK
         batch_size = _batch_size(run_seconds)
@@ -294,7 +297,7 @@ def advise(task: TaskFigures) -> Advice:
         kept_per_call_bytes=None if each is None else round(each),
         rss_per_call_bytes=None if rss.a_call is None else round(rss.a_call),
         collected_per_call_bytes=_median(call.collected_bytes for call in task.recent),
-        blocks_per_call=_median(call.blocks for call in task.recent),
+        blocks_per_call=blocks,
         run_seconds=run_seconds,
         batch_size=batch_size,
     )

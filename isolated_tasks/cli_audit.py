@@ -8,7 +8,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
@@ -26,6 +27,9 @@ __all__ = ["audit_command", "exit_code"]
 FAILED = 1
 #: There was ``--fail-on``, and nothing to judge by.
 NOT_JUDGED = 3
+
+#: The table in the terminal is drawn anew so often, in seconds, and takes no more of the time.
+REDRAW_SECONDS, REDRAW_SHARE = 1.0, 0.05
 
 #: What ``--fail-on`` may be.
 FAIL_ON = {"keeps-its-peak": Verdict.KEEPS_ITS_PEAK, "grows": Verdict.GROWS}
@@ -81,8 +85,17 @@ def audit_command(
     errors = (OperationalError, OSError, *app.connection_for_read().connection_errors)
     # Whoever ends it from a script does not lose what was heard either.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    drawing = nullcontext(lambda: None) if as_json else _drawing(auditor, ctx.obj.no_color)
     try:
-        listen(app, auditor, seconds=seconds, calls=calls, on_ready=lambda: _say_ready(calls))
+        with drawing as draw:
+            listen(
+                app,
+                auditor,
+                seconds=seconds,
+                calls=calls,
+                on_ready=lambda: _say_ready(calls),
+                on_tick=draw,
+            )
     except KeyboardInterrupt:
         pass
     except errors as exc:
@@ -132,11 +145,46 @@ def _as_json(advice: Sequence[Advice], seconds: float) -> dict[str, Any]:
     return {"seconds": round(seconds, 3), "tasks": tasks}
 
 
-def _show(advice: Sequence[Advice], *, no_color: bool) -> None:
+class _Drawing(AbstractContextManager["Callable[[], None]"]):
+    """The table in the terminal, as long as there is nothing final to say."""
+
+    def __init__(self, auditor: Auditor, console: Any) -> None:
+        from rich.live import Live
+
+        self._auditor = auditor
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._next = 0.0
+
+    def __enter__(self) -> Callable[[], None]:
+        self._live.__enter__()
+        return self._draw
+
+    def __exit__(self, *exc: Any) -> None:
+        self._live.__exit__(*exc)
+
+    def _draw(self) -> None:
+        began = time.monotonic()
+        if began >= self._next:
+            self._live.update(_table(self._auditor.advice()), refresh=True)
+            took = time.monotonic() - began
+            # Many tasks in many processes take a while to judge.
+            self._next = began + max(REDRAW_SECONDS, took / REDRAW_SHARE)
+
+
+def _drawing(auditor: Auditor, no_color: bool) -> AbstractContextManager[Callable[[], None]]:
+    console = _console(no_color)
+    return _Drawing(auditor, console) if console.is_terminal else nullcontext(lambda: None)
+
+
+def _console(no_color: bool) -> Any:
     from rich.console import Console
+
+    return Console(no_color=no_color or None, highlight=False, markup=False)
+
+
+def _table(advice: Sequence[Advice]) -> Any:
     from rich.table import Table
 
-    console = Console(no_color=no_color or None, highlight=False, markup=False)
     table = Table()
     table.add_column("task", overflow="fold")
     for name in ("calls", "peak", "kept a call"):
@@ -151,7 +199,12 @@ def _show(advice: Sequence[Advice], *, no_color: bool) -> None:
             one.verdict.value,
             style=_STYLES.get(one.verdict),
         )
-    console.print(table)
+    return table
+
+
+def _show(advice: Sequence[Advice], *, no_color: bool) -> None:
+    console = _console(no_color)
+    console.print(_table(advice))
     for one in advice:
         verdict = f"{one.verdict.value} → {one.action}" if one.action else one.verdict.value
         console.print(f"{one.task}: {verdict}", style=_STYLES.get(one.verdict), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -56,8 +57,8 @@ class Command:
     def finish(self) -> tuple[int, str]:
         """Its exit code, and what it has printed."""
         assert self.process.stdout is not None
-        printed = self.process.stdout.read()
-        return self.process.wait(TIMEOUT), printed
+        code = self.process.wait(TIMEOUT)
+        return code, self.process.stdout.read()
 
     def tasks(self) -> dict[str, Any]:
         """What its JSON says of each task."""
@@ -73,8 +74,14 @@ def audit(workplace: Workplace, apps: Path) -> Iterator[Audit]:
     """A function that runs the command, and waits until it listens."""
     running: list[tuple[Command, threading.Thread]] = []
 
-    def start(*arguments: str, module: str = "audited", listening: bool = True) -> Command:
-        settings = workplace.settings()
+    def start(
+        *arguments: str,
+        module: str = "audited",
+        broker: str = "redis",
+        listening: bool = True,
+        stdout: int = subprocess.PIPE,
+    ) -> Command:
+        settings = workplace.settings(broker=broker)
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", module, "isolated", "audit", *arguments],
             env={
@@ -85,7 +92,7 @@ def audit(workplace: Workplace, apps: Path) -> Iterator[Audit]:
             },
             cwd=workplace.folder,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -103,8 +110,8 @@ def audit(workplace: Workplace, apps: Path) -> Iterator[Audit]:
         command.process.wait()
         follower.join(10)
         for pipe in (command.process.stdout, command.process.stderr):
-            assert pipe is not None
-            pipe.close()
+            if pipe is not None:
+                pipe.close()
 
 
 def run(worker: Worker, names: Sequence[str], *, calls: int = CALLS, queue: str = "") -> None:
@@ -137,9 +144,20 @@ def test_each_kind_of_task_gets_its_verdict(worker: StartWorker, audit: Audit, p
     assert leak["action"].startswith("isolate, batch_size=")
     assert peak["peak_bytes"] == pytest.approx(60 * MIB, rel=0.05)
     assert (peak["action"], peak["batch_size"]) == ("", None)
+    # Not that of another task.
+    assert leak["peak_bytes"] < 8 * MIB
     # Other tasks may have left room for some of its 40 MB.
     assert 20 * MIB < tasks["audited.fragments"]["idle_bytes"] < 60 * MIB
     assert all(task["calls"] == CALLS for task in tasks.values())
+
+
+def test_events_come_over_amqp_too(worker: StartWorker, audit: Audit) -> None:
+    running = worker("audited", broker="amqp", args=["--memory-audit"])
+    command = audit("--json", "--calls", str(CALLS), *named("audited.leaks"), broker="amqp")
+
+    run(running, ["audited.leaks"])
+
+    assert command.tasks()["audited.leaks"]["verdict"] == "grows"
 
 
 def test_results_and_errors_are_not_taken_for_what_a_task_keeps(
@@ -152,6 +170,17 @@ def test_results_and_errors_are_not_taken_for_what_a_task_keeps(
     run(running, names)
 
     assert {task["verdict"] for task in command.tasks().values()} == {"fine"}
+
+
+def test_who_listens_later_learns_what_came_before(worker: StartWorker, audit: Audit) -> None:
+    running = worker("audited", args=["--memory-audit"])
+    # Only the first call adds to the process, and nobody hears of it.
+    run(running, ["audited.fragments"], calls=3)
+    command = audit("--json", "--calls", str(CALLS), *named("audited.fragments"))
+
+    run(running, ["audited.fragments"])
+
+    assert command.tasks()["audited.fragments"]["verdict"] == "keeps its peak"
 
 
 def test_processes_that_are_replaced_make_one_verdict(worker: StartWorker, audit: Audit) -> None:
@@ -209,6 +238,17 @@ def test_an_app_that_knows_nothing_of_this_package_can_be_audited(
     assert running.call("plain.add", 1, 2).get(timeout=TIMEOUT) == 3
 
     assert command.tasks()["plain.add"]["calls"] == 1
+
+
+def test_a_program_that_starts_a_worker_can_have_it_audited(
+    worker: StartWorker, audit: Audit
+) -> None:
+    running = worker("audited_program.py", pool="solo")
+    command = audit("--json", "--calls", "1", *named("program.add"))
+
+    assert running.call("program.add", 1, 2).get(timeout=TIMEOUT) == 3
+
+    assert command.tasks()["program.add"]["calls"] == 1
 
 
 def test_nothing_is_measured_where_nobody_asked(worker: StartWorker, audit: Audit) -> None:
@@ -310,6 +350,29 @@ def test_to_fail_on_what_nobody_could_judge_is_a_failure_of_its_own(
 
     code, printed = command.finish()
     assert (code, json.loads(printed)["tasks"][0]["verdict"]) == (3, "too few calls")
+
+
+def test_in_a_terminal_the_table_is_there_meanwhile(worker: StartWorker, audit: Audit) -> None:
+    running = worker("audited", args=["--memory-audit"])
+    controller, terminal = pty.openpty()
+    command = audit("--task", "audited.clean", stdout=terminal)
+    os.close(terminal)
+
+    run(running, ["audited.clean"], calls=1)
+    shown = read_until(controller, rb"audited\.clean\W+1\W.*too few calls")
+    command.process.send_signal(signal.SIGINT)
+    shown = read_until(controller, rb"5 are needed")
+
+    assert command.process.wait(TIMEOUT) == 0, shown
+    os.close(controller)
+
+
+def read_until(descriptor: int, pattern: bytes) -> bytes:
+    """What a terminal shows until it has shown this."""
+    shown = b""
+    while not re.search(pattern, shown):
+        shown += os.read(descriptor, 4096)
+    return shown
 
 
 def test_it_ends_after_a_time(worker: StartWorker, audit: Audit) -> None:
