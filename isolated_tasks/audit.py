@@ -20,8 +20,8 @@ counted and taken for `BLOCK_BYTES` each. `isolated_tasks.advice` says what both
 The event is ``memory-audit``. Not ``task-…``: Celery's own `State`, and Flower, which stands on it,
 take the second word of such an event for the state of the task. It is sent by the process that
 runs the task, over the app's own pool of connections, whether or not the worker was started with
-``-E``. Its fields, beside
-those that every event has (``hostname``, ``pid``, ``timestamp``); sizes are bytes:
+``-E``. Its fields, beside those that every event has (``hostname``, ``pid``, ``timestamp``); sizes
+are bytes:
 
 ======================== ==========================================================================
 ``uuid``, ``name``       id of the call, name of its task
@@ -37,7 +37,7 @@ those that every event has (``hostname``, ``pid``, ``timestamp``); sizes are byt
 ``least_idle_bytes``     what that is at the least, if blocks are as large as can be
 ``run_seconds``          how long the call took
 ``collected_bytes``      of sampled calls: RSS added, from one ``gc.collect()`` to the next
-``blocks``               of sampled calls: blocks of Python's allocator added likewise
+``blocks``               of sampled calls: blocks of Python's allocator that have stayed likewise
 ======================== ==========================================================================
 
 Where calls cannot be measured, the event has ``uuid``, ``name`` and ``unmeasurable``, the reason.
