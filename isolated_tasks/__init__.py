@@ -2,6 +2,11 @@
 
 The package has two wings, and imports point down only (a test says so)::
 
+    cli         what `celery` has beyond Celery's own: `celery isolated …`, options of `worker`
+    cli_audit   `celery isolated audit`
+    auditor     collects what the workers' audits send, and what comes of it
+    audit       measures plain tasks as they run, in the worker
+    advice      what the figures of a plain task come to
     worker      the bootstep that starts and stops the forkserver
     task        IsolatedTask: decides who runs a call, and where
     calls       one call, from its slot: what travels, what comes back
@@ -21,10 +26,10 @@ The package has two wings, and imports point down only (a test says so)::
     ──────────
     errors      every exception; imports nothing
 
-What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors`` and
-``isolated_tasks.signals`` are public; everything else may change. Names are loaded on first use
-(PEP 562), because the forkserver and a spawned child import this package too and must be free to do
-so without Celery.
+What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors``,
+``isolated_tasks.signals`` and ``isolated_tasks.audit.install`` are public; everything else may
+change. Names are loaded on first use (PEP 562), because the forkserver and a spawned child import
+this package too and must be free to do so without Celery.
 """
 
 from __future__ import annotations

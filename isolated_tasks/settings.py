@@ -45,6 +45,7 @@ __all__ = [
     "check_settings",
     "check_task",
     "is_isolated",
+    "memory_audit_of",
     "memory_ladder",
     "process_options",
     "result_codec",
@@ -181,6 +182,8 @@ class WorkerSettings:
     #: ``isolated_max_redeliveries``: how often a message whose child was lost goes back to the
     #: broker, where the task has ``acks_late`` and ``reject_on_worker_lost``.
     max_redeliveries: int = 3
+    #: ``isolated_memory_audit``: measure plain tasks as they run.
+    memory_audit: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ _COMMAND_LINE_TYPES = {
     "isolated_forkservers": "int",
     "isolated_forkserver_max_calls": "int",
     "isolated_spares": "int",
+    "isolated_memory_audit": "bool",
     "isolated_boot_timeout": "float",
     "isolated_start_timeout": "float",
 }
@@ -270,6 +274,7 @@ def worker_settings(app: Celery) -> WorkerSettings:
         term_grace=_seconds(app, "isolated_term_grace", default.term_grace),
         memory_budget=_memory_budget(app, forkservers),
         max_redeliveries=max_redeliveries,
+        memory_audit=memory_audit_of(app),
     )
 
 
@@ -290,6 +295,18 @@ def spares_of(app: Celery) -> int:
 def spares_for(task: IsolatedMixin) -> int:
     """`spares_of` the app of a task."""
     return spares_of(task.app)
+
+
+def memory_audit_of(app: Celery) -> bool:
+    """``isolated_memory_audit``, checked.
+
+    Raises:
+        OptionError: It has a value that cannot be used.
+    """
+    value: object = _setting(app, "isolated_memory_audit", WorkerSettings.memory_audit)
+    if not isinstance(value, bool):
+        raise _refusal(None, "isolated_memory_audit", value, "must be True or False")
+    return value
 
 
 def _memory_budget(app: Celery, forkservers: int) -> int | str | None:

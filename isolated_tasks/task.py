@@ -119,6 +119,7 @@ class IsolatedMixin:
         super().on_bound(app)  # type: ignore[misc]
         # By its name, and as often as one likes: it is a set.
         app.steps["worker"].add("isolated_tasks.worker:IsolationStep")
+        app.steps["worker"].add("isolated_tasks.audit:MemoryAuditStep")
         _refuse_batches(cls)
         if cls.Request != IsolatedMixin.Request:
             cls.Request = _our_request(cls.Request)

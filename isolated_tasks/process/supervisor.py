@@ -299,7 +299,6 @@ class Supervisor:
             raise self._stopped(enforcer.ladder)
         if self._outcome is not None:
             outcome, self._outcome = self._outcome, None
-            self._measured = Measured.unpack(outcome.measured)
             self._result_bytes = Pickled(outcome.pickled, outcome.buffers).size
             if enforcer.soft_signal_sent:
                 # Not again: should the signal still be under way, it is not for the next body.
@@ -574,20 +573,21 @@ class Supervisor:
             if key.fd == self._pidfd:
                 self._exited(system.pidfd_exit_code(key.fd), None)
             elif key.fd == self._call.fileno():
-                self._serve(self._call, events)
+                self._serve(self._call, events, to_the_end=timeout == 0)
             elif key.fd == self._control.fileno():
-                self._serve(self._control, events)
+                self._serve(self._control, events, to_the_end=timeout == 0)
             elif key.fd == self._stderr.fileno() and not self._stderr.pass_on():
                 self._selector.unregister(key.fd)
 
-    def _serve(self, channel: Channel, events: int) -> None:
+    def _serve(self, channel: Channel, events: int, *, to_the_end: bool) -> None:
+        """Take what has come; who looks once, and does not come back for the rest, wants it all."""
         if events & selectors.EVENT_WRITE:
             try:
                 channel.flush()
             except OSError:
                 channel.drop_pending()
         try:
-            for message in channel.messages():
+            for message in channel.rest() if to_the_end else channel.messages():
                 self._take(message)
         except ProtocolError:
             # Nothing that follows can be understood; the owner gets this error, and the child
@@ -756,6 +756,7 @@ class Supervisor:
 
     def _load(self, message: protocol.Outcome) -> Outcome:
         try:
+            self._measured = Measured.unpack(message.measured)
             if self.options.plain_outcomes:
                 return plain.decode(Pickled(message.pickled, message.buffers))
             outcome = pickling.loads(Pickled(message.pickled, message.buffers))

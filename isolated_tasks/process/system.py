@@ -14,6 +14,7 @@ import errno
 import fcntl
 import importlib.util
 import os
+import resource
 import select
 import signal
 import socket
@@ -43,8 +44,9 @@ __all__ = [
     "interpreter",
     "is_closed_by_peer",
     "lacking",
+    "malloc_bytes_and_holes",
     "open_pidfd",
-    "peak_rss_bytes",
+    "peak_and_rss_bytes",
     "peer_uid",
     "pidfd_exit_code",
     "poll",
@@ -372,14 +374,6 @@ def reset_peak_rss() -> bool:
     return True
 
 
-def peak_rss_bytes() -> int | None:
-    """The high-water mark of this process, in bytes; None where proc(5) does not tell."""
-    for line in read_file("/proc/self/status", 4096).splitlines():
-        if line.startswith(b"VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def rss_bytes() -> int:
     """Resident memory of this process, in bytes."""
     try:
@@ -391,6 +385,55 @@ def rss_bytes() -> int:
         return int(os.read(descriptor, 256).split()[1]) * _PAGE_SIZE
     finally:
         os.close(descriptor)
+
+
+def peak_and_rss_bytes() -> tuple[int, int]:
+    """High-water mark of resident memory since `reset_peak_rss`, and what there is now, in bytes.
+
+    proc(5), ``VmHWM`` and ``VmRSS`` of ``/proc/self/status``, which are of one moment. Elsewhere
+    the mark is that of the whole life of the process, and cannot be reset.
+    """
+    found = {}
+    for line in read_file("/proc/self/status").splitlines():
+        name, _, value = line.partition(b":")
+        if name in (b"VmHWM", b"VmRSS"):
+            found[name] = int(value.split()[0]) * 1024
+    if len(found) == 2:
+        return found[b"VmHWM"], found[b"VmRSS"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT_BYTES
+    return peak, rss_bytes()
+
+
+class _Mallinfo2(ctypes.Structure):
+    # mallinfo(3).
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+_mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+if _mallinfo2 is not None:
+    _mallinfo2.restype = _Mallinfo2
+    _mallinfo2.argtypes = []
+
+
+def malloc_bytes_and_holes() -> tuple[int, int] | None:
+    """What this process has from ``malloc`` and has not given back, and the number of free pieces.
+
+    glibc 2.33 (mallinfo(3)). It walks the lists of the free pieces, at some 30 ns each. What
+    another allocator has handed out, Python's own and jemalloc among them, does not count.
+
+    Returns:
+        Bytes, and pieces; None where nobody tells.
+    """
+    if _mallinfo2 is None:
+        return None
+    info = _mallinfo2()
+    return info.uordblks + info.hblkhd, info.ordblks
 
 
 # ── descriptors ─────────────────────────────────────────────────────────────────────────────────

@@ -201,7 +201,7 @@ class Meter:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         peak = own.ru_maxrss * system.MAXRSS_UNIT_BYTES
         if not self._is_forked:
-            peak = system.peak_rss_bytes() or peak
+            peak, _ = system.peak_and_rss_bytes()
         peak = tree_peak = max(peak, self._baseline)
         if children.ru_maxrss > self._children.ru_maxrss:
             # One that was waited for held this, and nobody knows when; this process was there too.

@@ -370,6 +370,8 @@ def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
         ("isolated_memory_budget", 1000, "memory_budget", 1000),
         ("isolated_memory_budget", "auto", "memory_budget", "auto"),
         ("isolated_max_redeliveries", 0, "max_redeliveries", 0),
+        ("isolated_memory_audit", True, "memory_audit", True),
+        ("isolated_memory_audit", None, "memory_audit", False),
     ],
 )
 def test_a_setting_of_the_worker_is_read(

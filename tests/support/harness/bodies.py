@@ -244,8 +244,16 @@ def send_outcome(pickled: bytes) -> NoReturn:
     """Send this as the outcome, and wait."""
     from isolated_tasks.process import protocol
 
-    os.write(call_socket(), b"".join(map(bytes, protocol.encode(protocol.Outcome(pickled)))))
+    frame = protocol.encode(protocol.Outcome(pickled, measured=nothing_measured()))
+    os.write(call_socket(), b"".join(map(bytes, frame)))
     _pause()
+
+
+def nothing_measured() -> bytes:
+    """What a child says to have measured that has used nothing."""
+    from isolated_tasks.process.usage import Measured
+
+    return Measured(0, 0, 0, 0.0, 0.0, 0.0).pack()
 
 
 def announce(size: int) -> NoReturn:
@@ -273,7 +281,8 @@ def send_an_outcome_and_nonsense() -> None:
     from isolated_tasks.process.outcome import Outcome
 
     pickled = pickling.dumps(Outcome(value="it stands"))
-    frame = protocol.encode(protocol.Outcome(pickled.body, pickled.buffers))
+    outcome = protocol.Outcome(pickled.body, pickled.buffers, measured=nothing_measured())
+    frame = protocol.encode(outcome)
     os.write(call_socket(), b"".join(map(bytes, frame)) + b"GET / HTTP/1.1\r\n\r\n")
     time.sleep(1000)
 
