@@ -1,6 +1,5 @@
 """One worker that all rows are sent to: plain, or isolated."""
 
-import threading
 import time
 import warnings
 from collections import Counter
@@ -14,6 +13,7 @@ from kombu import Queue
 from contract import recorder, table
 from contract.features import reports_all
 from contract.table import Row
+from harness.events import Events
 from harness.worker import Worker
 from harness.workplace import Workplace
 
@@ -43,58 +43,6 @@ def contract_conf(name: str) -> dict[str, Any]:
             for key in ("unacked_key", "unacked_index_key", "unacked_mutex_key")
         },
     }
-
-
-class Events:
-    """Celery's events, as a monitor in the client receives them."""
-
-    def __init__(self, app: Celery) -> None:
-        self._app = app
-        self.changed = threading.Condition()
-        self.seen: list[dict[str, Any]] = []
-        self._connection = app.connection_for_read()
-        self._receiver = app.events.Receiver(self._connection, handlers={"*": self._add})
-        self._thread = threading.Thread(target=self._capture, name="events", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-        # What is published before the subscription stands is lost; nothing says when it does.
-        for _ in range(20):
-            self._send("contract-begin")
-            if self._wait_for("contract-begin", 0.5):
-                return
-        raise TimeoutError("no event arrives")
-
-    def stop(self) -> None:
-        """Wait for all that was published so far; calling it again does nothing."""
-        if not self._thread.is_alive():
-            return
-        # The events of one exchange arrive in the order in which they were published.
-        self._send("contract-end")
-        self._wait_for("contract-end", 20.0)
-        self._receiver.should_stop = True
-        self._send("contract-stop")
-        self._thread.join(timeout=20.0)
-        self._connection.release()
-
-    def _capture(self) -> None:
-        self._receiver.capture(limit=None, timeout=None, wakeup=False)
-
-    def _add(self, event: dict[str, Any]) -> None:
-        with self.changed:
-            self.seen.append(event)
-            self.changed.notify_all()
-
-    def _wait_for(self, kind: str, timeout: float) -> bool:
-        def arrived() -> bool:
-            return any(event["type"] == kind for event in self.seen)
-
-        with self.changed:
-            return self.changed.wait_for(arrived, timeout)
-
-    def _send(self, kind: str) -> None:
-        with self._app.events.default_dispatcher() as dispatcher:
-            dispatcher.send(kind)
 
 
 class Side:
