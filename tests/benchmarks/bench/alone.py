@@ -21,6 +21,7 @@ from bench.forkservers import forkserver
 from bench.programs import asked
 from bench.scale import Scale
 from harness.processes import Slot, wait_status
+from isolated_tasks.process.usage import Measured, Meter
 
 #: What forkservers have loaded, those of the peers too: what most workers have.
 PRELOAD = ("celery", "numpy")
@@ -28,6 +29,7 @@ PRELOAD = ("celery", "numpy")
 UNTIL_RESULT = "call, until the result is there"
 UNTIL_REAPED = "call, until reaped"
 IN_A_BATCH = "call, in a process of a batch"
+MEASURING = "what it takes to measure what a call used"
 OURS = (
     UNTIL_RESULT,
     UNTIL_REAPED,
@@ -48,6 +50,7 @@ def measure(scale: Scale) -> Section:
             stack.enter_context(asked("bare_fork", *PRELOAD)),
             *(one_call(stack, launcher.address, spares=spares) for spares in (1, 0)),
             timed(IN_A_BATCH, lambda: batch.run(bodies.nothing)),
+            timed(MEASURING, measuring()),
             *(stack.enter_context(peer()) for peer in QUICK_PEERS),
         ]
         found = in_turn(contenders, scale.rounds)
@@ -60,9 +63,10 @@ def measure(scale: Scale) -> Section:
     bounds = {UNTIL_RESULT: at_most(0.8), UNTIL_REAPED: at_most(1.3)}
     for name in OURS:
         section.ratio(name, bare, bounds.get(name))
+    section.ratio(MEASURING, IN_A_BATCH, at_most(0.05))
     section.ratio(UNTIL_RESULT, "billiard's forkserver", at_most(0.25))
     for name in found:
-        if name not in (*OURS, bare, "billiard's forkserver"):
+        if name not in (*OURS, MEASURING, bare, "billiard's forkserver"):
             section.ratio(UNTIL_RESULT, name)
     return section
 
@@ -91,6 +95,18 @@ def one_call(stack: contextlib.ExitStack, address: str, *, spares: int) -> Conte
         return {UNTIL_RESULT + suffix: there - began, UNTIL_REAPED + suffix: ended - began}
 
     return call
+
+
+def measuring() -> Callable[[], object]:
+    """What a child does for the usage of a call, and the requester with it."""
+    meter = Meter(is_forked=True)
+
+    def measure() -> None:
+        meter.begin()
+        meter.begun()
+        Measured.unpack(meter.ended()().pack())
+
+    return measure
 
 
 def reap(slot: Slot) -> None:
