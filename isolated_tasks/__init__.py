@@ -2,7 +2,9 @@
 
 The package has two wings, and imports point down only (a test says so)::
 
+    commands/   `celery isolated …`
     worker      the bootstep that starts and stops the forkserver
+    remote      what a worker answers to `celery inspect isolated`
     task        IsolatedTask: decides who runs a call, and where
     calls       one call, from its slot: what travels, what comes back
     failures    what a call fails with
