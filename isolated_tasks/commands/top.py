@@ -202,12 +202,13 @@ def _watch(view: _Source, interval: float, drawing: Any, *, no_color: bool) -> N
 
 
 def _keep_asking(view: _Source, interval: float, seen: _Seen, tell: Callable[[], object]) -> None:
+    known = {*(view.destination or ()), *seen.answers}
     while True:
         began = time.monotonic()
         try:
             answers, trouble = view.look(), ""
-            missing = [name for name in view.destination or seen.answers if name not in answers]
-            if missing:
+            known.update(answers)
+            if missing := sorted(known - answers.keys()):
                 trouble = f"no answer from {', '.join(missing)}"
         except Exception as exc:
             # The broker may be away for a while.
