@@ -240,7 +240,9 @@ def test_a_forkserver_that_does_not_answer_holds_nobody_up(
     running = worker("isolated", pool=pool)
     pid = int(running.wait_for_log(r"forkserver pid=(\d+) loaded")[1])
     here = calls(running)
-    here.run("run")
+    _, child = here.run("run")
+    # What it has answered once is not to be told again.
+    assert told_of(inspect(running), child)
 
     with stopped(pid):
         first, second = inspect(running), inspect(running)
