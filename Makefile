@@ -26,7 +26,7 @@ MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults lint format coverage matrix interleavings bench bench-limits bench-lifeline bench-audit fuzz soak clean
+.PHONY: help demo test faults lint format coverage matrix interleavings bench bench-limits bench-lifeline bench-audit bench-top fuzz soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 15
@@ -71,6 +71,9 @@ bench-lifeline: $(VENV)/.test-installed  ## measure how soon a group goes with i
 
 bench-audit: $(VENV)/.test-installed  ## measure what --memory-audit costs a plain task
 	PYTHONPATH=tests/support:tests/benchmarks $(BIN)/python tests/benchmarks/audit_cost.py $(ARGS)
+
+bench-top: $(VENV)/.test-installed  ## measure what `celery isolated top` costs a worker
+	PYTHONPATH=tests/support $(BIN)/python tests/benchmarks/top.py $(ARGS)
 
 fuzz: $(VENV)/.fuzz-installed  ## send 10 million inputs through the frame reader
 	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/frames.py $(ARGS)

@@ -2,12 +2,12 @@
 
 The package has two wings, and imports point down only (a test says so)::
 
-    cli         what `celery` has beyond Celery's own: `celery isolated …`, options of `worker`
-    cli_audit   `celery isolated audit`
+    commands/   `celery isolated …`: audit, top; and our options of `celery worker`
     auditor     collects what the workers' audits send, and what comes of it
     audit       measures plain tasks as they run, in the worker
     advice      what the figures of a plain task come to
     worker      the bootstep that starts and stops the forkserver
+    remote      what a worker answers to `celery inspect isolated`
     task        IsolatedTask: decides who runs a call, and where
     calls       one call, from its slot: what travels, what comes back
     failures    what a call fails with

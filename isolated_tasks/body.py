@@ -35,7 +35,7 @@ from celery.utils.saferepr import saferepr
 from isolated_tasks import byvalue, context, encoded, settings
 from isolated_tasks import signals as own_signals
 from isolated_tasks.errors import ForkserverError
-from isolated_tasks.process import limits, pickling
+from isolated_tasks.process import board, limits, pickling
 from isolated_tasks.process.outcome import Failure, Outcome
 
 if TYPE_CHECKING:
@@ -272,6 +272,7 @@ def run(call: BodyCall) -> Outcome:
         then nothing has run.
     """
     app = _app
+    board.name_call(call.task_id)
     if app is None:
         raise ForkserverError(
             f"task {call.task!r}: the app could not be loaded; the worker's log says why"

@@ -31,6 +31,7 @@ __all__ = [
     "announce",
     "children",
     "is_worker",
+    "launcher_of",
     "memory_budget",
     "new_launcher",
     "stop_call",
@@ -99,6 +100,11 @@ def address(app: Celery) -> str:
     if path and owner == str(os.getppid()):
         return path
     return _own_launcher(app).address
+
+
+def launcher_of(app: Celery) -> Launcher | None:
+    """That of this process; None where it has none, as a pool process."""
+    return _process.launchers.get(app)
 
 
 def announce(app: Celery, launcher: Launcher) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from celery import bootsteps
 from celery.concurrency import solo
 
+import isolated_tasks.remote  # noqa: F401  # its commands are there once it is imported
 from isolated_tasks import requester, settings
 from isolated_tasks.errors import ForkserverError
 from isolated_tasks.task import IsolatedMixin

@@ -2,6 +2,7 @@
 
 Imports point down this list only (a test says so)::
 
+    overview     what runs in all forkservers of a main process, for who asks
     launcher     role: main process; starts, watches, replaces and stops forkservers
     generation   one forkserver, from its start to its end
     children     the children of one requesting process: running, idle, exiting
@@ -23,6 +24,7 @@ Imports point down this list only (a test says so)::
     plain        an outcome as plain data, for who unpickles nothing that a body sends
     outcome      a result or a failure, and how an exception crosses processes
     pickling     values become bytes and buffers; the path to what will not
+    board        what each child does just now, for who asks
     transport    sockets that carry messages, buffers and descriptors
     protocol     every message and how it becomes bytes; no I/O
     lifecycle    the life of one child as a table

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from isolated_tasks.errors import ProtocolError, ResultTooLargeError
 from isolated_tasks.process import (
+    board,
     cgroup,
     descendants,
     pickling,
@@ -76,6 +77,8 @@ class Inherited:
     keep: frozenset[int] = frozenset()
     #: The group that it moves itself into, where the kernel keeps its memory limit.
     group: cgroup.Group | None = None
+    #: Where it writes what it does.
+    place: board.Place | None = None
 
     def always(self) -> tuple[int, int, int, int]:
         """The descriptors that every child has."""
@@ -133,6 +136,7 @@ def main(
 def _be_born(inherited: Inherited, spawn: Spawn) -> Limits:
     global _is_child
     _is_child = True
+    board.adopt(inherited.place)
     with contextlib.suppress(PermissionError):
         # A session leader cannot be moved, and need not be.
         os.setpgid(0, 0)
@@ -235,6 +239,7 @@ class _Server:
                 raise ProtocolError(f"a call was to come, but {type(call).__name__} came")
             self._limits.is_serving = True
             self._meter.begin()
+            board.begin(position)
             self._send(protocol.Accepted(self._pid))
             if self._serve_one(call, is_last=position == self._spawn.batch_size):
                 break
@@ -263,6 +268,7 @@ class _Server:
             os.kill(self._pid, signal.SIGKILL)
         # Once this is sent the next call may come.
         self._limits.is_serving = False
+        board.end()
         self._send(
             protocol.Outcome(pickled.body, pickled.buffers, last=last, measured=measured().pack())
         )

@@ -21,8 +21,9 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from isolated_tasks.errors import ProtocolError
-from isolated_tasks.process import cgroup, child, memory, preload, protocol, system
+from isolated_tasks.process import board, cgroup, child, memory, preload, protocol, system
 from isolated_tasks.process.admission import Admission, Answer
+from isolated_tasks.process.board import Board, Entry
 from isolated_tasks.process.protocol import Adopt, Boot, Loaded, Spawn
 from isolated_tasks.process.strays import Strays
 from isolated_tasks.process.transport import Channel
@@ -53,6 +54,8 @@ MAX_STOPS = 10_000
 LISTEN_AGAIN_MILLISECONDS = 100
 
 _KILLED = -int(signal.SIGKILL)
+#: Exit codes of children that have ended as they should.
+_IN_ORDER = frozenset({int(child.ExitCode.DONE), int(child.ExitCode.LEFT_PROCESSES)})
 _READ = system.POLL_READ
 _WRITE = system.POLL_WRITE
 
@@ -160,6 +163,12 @@ class _Connection:
         self.pidfd: int | None = None
         #: What waits for memory to become free: the request, and the descriptors that came with it.
         self.waiting: tuple[Spawn, list[int]] | None = None
+        #: Since when, as time.monotonic() counts.
+        self.waiting_since = 0.0
+        #: What is known of its child.
+        self.entry: Entry | None = None
+        #: Of a child of a dead forkserver, of which no more than this is known.
+        self.adopted: Adopt | None = None
 
 
 class _Loop:
@@ -204,6 +213,8 @@ class _Loop:
         self._stops: collections.OrderedDict[str, protocol.Stop] = collections.OrderedDict()
         self._oom_kills = memory.OOMKills()
         self._strays = Strays(self._by_pid)
+        self._board = Board()
+        self._starts = self._failures = 0
         for descriptor in (listener.fileno(), status.fileno(), self._wakeup):
             self._poll.register(descriptor, _READ)
 
@@ -231,6 +242,7 @@ class _Loop:
             self._accept()
         elif descriptor == self._status.fileno():
             self._hear()
+            self._say()
         elif descriptor in self._connections:
             self._serve(self._connections[descriptor], events)
         elif descriptor in self._adopted:
@@ -314,6 +326,7 @@ class _Loop:
                 self._admission.take(connection, message.memory_limit_bytes)
                 connection.group = self._groups.adopt(message.group)
                 if descriptors:
+                    connection.adopted = message
                     connection.pidfd = descriptors.pop()
                     self._adopted[connection.pidfd] = connection
                     self._poll.register(connection.pidfd, _READ)
@@ -356,6 +369,7 @@ class _Loop:
         """A child of a dead forkserver is gone, or is not ours to look after any more."""
         if connection.pidfd is not None:
             pidfd, connection.pidfd = connection.pidfd, None
+            connection.adopted = None
             del self._adopted[pidfd]
             self._poll.unregister(pidfd)
             os.close(pidfd)
@@ -371,10 +385,52 @@ class _Loop:
                 self._admission.reserve(message.size_bytes)
                 self._start_admitted()
             elif isinstance(message, protocol.Ping):
-                with contextlib.suppress(OSError):
-                    self._status.send(protocol.Pong())
+                self._say(protocol.Pong())
+            elif isinstance(message, protocol.List):
+                self._say(self._listing())
             else:
                 self._stop_call(protocol.expect(message, protocol.Stop))
+
+    def _say(self, message: protocol.Message | None = None) -> None:
+        """Tell the main process, or send it what it has not taken yet."""
+        # If it is gone the loop notices at once.
+        with contextlib.suppress(OSError):
+            if message is not None:
+                self._status.send(message)
+            elif self._status.wants_write:
+                self._status.flush()
+        events = _READ | (_WRITE if self._status.wants_write else 0)
+        self._poll.modify(self._status.fileno(), events)
+
+    def _listing(self) -> protocol.Listing:
+        now = time.monotonic()
+        children = [
+            connection.entry.describe(pid)
+            for pid, connection in self._by_pid.items()
+            if connection.entry is not None
+        ]
+        waiting = []
+        for connection in self._connections.values():
+            if connection.adopted is not None:
+                children.append(board.describe_adopted(connection.adopted))
+            if connection.waiting is not None:
+                spawn, _ = connection.waiting
+                waiting.append(
+                    {
+                        "name": spawn.name,
+                        "call_id": spawn.call_id,
+                        "needed_bytes": spawn.memory_limit_bytes,
+                        "seconds": now - connection.waiting_since,
+                    }
+                )
+        return protocol.Listing(
+            starts=self._starts,
+            failures=self._failures,
+            taken_bytes=self._admission.taken_bytes,
+            budget_bytes=self._admission.budget_bytes,
+            children=children,
+            waiting=waiting,
+        )
 
     def _retire(self) -> None:
         """Take no more requests. The listening socket is the main process's, and stays."""
@@ -395,9 +451,7 @@ class _Loop:
         self._tell_held()
 
     def _tell_held(self) -> None:
-        # If the main process is gone the loop notices at once.
-        with contextlib.suppress(OSError):
-            self._status.send(protocol.Held(self._admission.taken_bytes))
+        self._say(protocol.Held(self._admission.taken_bytes))
 
     def _stop_call(self, stop: protocol.Stop) -> None:
         self._stops[stop.call_id] = stop
@@ -445,6 +499,7 @@ class _Loop:
             )
             # Not before: if the requester is gone, it is the caller that closes the descriptors.
             connection.waiting = spawn, descriptors
+            connection.waiting_since = time.monotonic()
         else:
             self._start(connection, spawn, descriptors)
             if spawn.call_id is None:
@@ -480,7 +535,12 @@ class _Loop:
     def _start(self, connection: _Connection, spawn: Spawn, descriptors: list[int]) -> None:
         call, lifeline, crash, stderr = descriptors
         group = self._groups.make(spawn.memory_limit_bytes)
-        inherited = child.Inherited(call, lifeline, crash, stderr, self._preloaded, group)
+        # Before the fork: what is written after it is copied, page by page.
+        connection.entry = entry = self._board.enter(spawn)
+        self._starts += 1
+        inherited = child.Inherited(
+            call, lifeline, crash, stderr, self._preloaded, group, entry.place
+        )
         try:
             if spawn.start_method == "spawn":
                 pid = self._spawn(spawn, inherited)
@@ -491,6 +551,9 @@ class _Loop:
             code = exc.errno if isinstance(exc, OSError) else None
             reason = os.strerror(code) if code else str(exc)
             self._groups.finish(group)
+            self._board.leave(entry)
+            self._starts -= 1
+            self._failures += 1
             connection.channel.send(protocol.Refused(reason, code, None))
             self._give_back(connection)
             return
@@ -503,8 +566,7 @@ class _Loop:
         self._by_pid[pid] = connection
         worn = self._wear.started(spawn.failures)
         if worn is not None:
-            with contextlib.suppress(OSError):
-                self._status.send(protocol.Worn(worn))
+            self._say(protocol.Worn(worn))
         pidfd = system.open_pidfd(pid)
         try:
             started = protocol.Started(pid, None if group is None else str(group.folder))
@@ -596,6 +658,10 @@ class _Loop:
         if connection is None:
             return
         group, connection.pid, connection.group = connection.group, None, None
+        if connection.entry is not None:
+            self._board.leave(connection.entry)
+            connection.entry = None
+        self._failures += exit_code not in _IN_ORDER
         is_killed = exit_code == _KILLED
         self._oom_kills.look(at_once=is_killed)
         oom_killed: bool | None = False

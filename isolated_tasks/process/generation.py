@@ -22,6 +22,8 @@ from isolated_tasks.process import preload, protocol, system
 from isolated_tasks.process.protocol import (
     Boot,
     Held,
+    List,
+    Listing,
     Loaded,
     Ping,
     Pong,
@@ -65,11 +67,15 @@ class Generation:
         self.worn: str | None = None
         #: What the memory limits of its children come to, in bytes; told when it has been retired.
         self.held_bytes: int | None = None
+        #: What it has said last of its children, and when; None before.
+        self.listing: Listing | None = None
+        #: Since when it has been asked for that and has not answered; None where it owes nothing.
+        self.asked_at: float | None = None
         self._reserved_bytes = boot.reserved_bytes
         # It was killed, or sends what cannot be understood.
         self._is_lost = False
         # When it was started, asked whether it is there, or has last said so.
-        self._since = time.monotonic()
+        self._since = self.started_at = time.monotonic()
         self._owes_answer = False
         #: What is to be sent, by `flush`.
         self.outbox: collections.deque[protocol.Message] = collections.deque()
@@ -121,6 +127,8 @@ class Generation:
             self.worn = message.reason
         elif isinstance(message, Held):
             self.held_bytes = message.size_bytes
+        elif isinstance(message, Listing):
+            self.listing, self.asked_at = message, None
         elif isinstance(message, Pong):
             self._since, self._owes_answer = time.monotonic(), False
         else:
@@ -162,6 +170,17 @@ class Generation:
         if size != self._reserved_bytes:
             self._reserved_bytes = size
             self.outbox.append(Reserve(size))
+
+    def ask(self) -> bool:
+        """Ask which children there are; whether an answer is to be expected at once.
+
+        One that has not answered yet is not asked again: it may be stopped, and owe many.
+        """
+        if self.loaded is None or self.asked_at is not None or self.descriptor is None:
+            return False
+        self.asked_at = time.monotonic()
+        self.outbox.append(List())
+        return True
 
     def is_stuck(self, patience: float, boot_timeout: float) -> bool:
         """Whether it has not answered in time; asks it now and then. After `hear`.

@@ -45,6 +45,9 @@ LAST_DELAY = 30.0
 SETTLED_SECONDS = 5.0
 LAST_DELAY_LOADED = 5.0
 
+#: What `Launcher.hear` waits for another thread, in seconds.
+HEAR_SECONDS = 0.05
+
 #: Requests to stop calls that every new forkserver is told of: what the one before was told is
 #: gone with it, and the call may not have come yet.
 MAX_STOPS = 1000
@@ -280,6 +283,30 @@ class Launcher:
         for generation in self._generations():
             generation.outbox.append(stop)
         self._flush()
+
+    def ask(self) -> list[tuple[Generation, bool]]:
+        """Ask all forkservers which children there are, and wait for nothing.
+
+        Returns:
+            The forkservers, and of each whether its answer is to be expected at once.
+        """
+        asked = [(generation, generation.ask()) for generation in self._generations()]
+        self._flush()
+        return asked
+
+    def hear(self) -> None:
+        """Take note of what the forkservers say; what follows from it is for `check`."""
+        # Not for long: whoever has it may be at a start or an end of a forkserver.
+        if self._lock.acquire(timeout=HEAR_SECONDS):
+            try:
+                for generation in self._generations():
+                    generation.hear()
+            finally:
+                self._lock.release()
+
+    def is_retired(self, generation: Generation) -> bool:
+        """Whether it starts no more children."""
+        return generation in self._retired
 
     def _flush(self) -> None:
         """Send what there is to be sent, from whichever thread comes first.

@@ -31,8 +31,8 @@ Three kinds of sockets carry them:
     us.
 *status*, one for each forkserver, between main process and forkserver
     ► `Boot`, once and first; then any number of `Stop`, each for the requester of that call,
-    whichever it is, of `Reserve`, and of `Ping`. ◄ `Loaded`, once; then a `Pong` for each `Ping`,
-    and `Worn`, where it wants to be replaced.
+    whichever it is, of `Reserve`, of `Ping`, and of `List`. ◄ `Loaded`, once; then a `Pong` for
+    each `Ping`, a `Listing` for each `List`, and `Worn`, where it wants to be replaced.
     ► `Retire`: it takes no more requests, answers with `Held`, now and whenever that has changed,
     and exits with its last child. End-of-file from either side means: it is gone.
 
@@ -73,6 +73,8 @@ __all__ = [
     "Held",
     "Kind",
     "Limits",
+    "List",
+    "Listing",
     "Loaded",
     "Message",
     "Outcome",
@@ -141,6 +143,8 @@ class Kind(enum.IntEnum):
     RETIRING = 20
     PING = 21
     PONG = 22
+    LIST = 23
+    LISTING = 24
 
 
 @dataclass(frozen=True)
@@ -391,6 +395,30 @@ class Pong:
     """I am (forkserver ► main process)."""
 
 
+@dataclass(frozen=True)
+class List:
+    """Which children are there? (main process ► forkserver)."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """These (forkserver ► main process)."""
+
+    #: Children that it has started so far.
+    starts: int
+    #: Of these, those that have not ended in order: killed, crashed, stopped. And those that the
+    #: system has refused to start.
+    failures: int
+    #: The memory limits of the children that live, and what all together may have, in bytes.
+    taken_bytes: int
+    budget_bytes: int | None
+    #: `board.Entry.describe` of each.
+    children: list[dict[str, Any]]
+    #: Who waits for memory, first come first: ``name``, ``call_id``, ``needed_bytes``, and how long
+    #: that has been, in ``seconds``.
+    waiting: list[dict[str, Any]]
+
+
 Message = (
     Spawn
     | Adopt
@@ -414,6 +442,8 @@ Message = (
     | Retiring
     | Ping
     | Pong
+    | List
+    | Listing
 )
 
 _KIND_OF: dict[type, Kind] = {
@@ -439,6 +469,8 @@ _KIND_OF: dict[type, Kind] = {
     Retiring: Kind.RETIRING,
     Ping: Kind.PING,
     Pong: Kind.PONG,
+    List: Kind.LIST,
+    Listing: Kind.LISTING,
 }
 _CLASS_OF = {kind: cls for cls, kind in _KIND_OF.items()}
 # Not Kind(number), which takes its time.

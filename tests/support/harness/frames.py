@@ -84,6 +84,8 @@ SAMPLES: list[Message] = [
     protocol.Held(1 << 30),
     protocol.Reserve(0),
     protocol.Retiring(),
+    protocol.List(),
+    protocol.Listing(2, 1, 0, None, [{"pid": 12}], [{"needed_bytes": 1}]),
 ]
 
 

@@ -44,7 +44,8 @@ class Workplace:
         #: Over AMQP these queues are deleted at the end, and an exchange of each one's name.
         self.queues = [self.name]
         self._request = request
-        self._path = [apps, SUPPORT]
+        #: Where programs of the test find modules.
+        self.path = [apps, SUPPORT]
         self._open: list[Worker] = []
         self._apps: dict[str, Celery] = {}
         self._used: set[str] = set()
@@ -118,7 +119,7 @@ class Workplace:
         """
         settings = self.settings(pool=pool, broker=broker, backend=backend, conf=conf)
         worker = start_worker(
-            str(self._path[0] / module) if module.endswith(".py") else module,
+            str(self.path[0] / module) if module.endswith(".py") else module,
             pool=pool,
             concurrency=concurrency,
             app=app or self.app(settings),
@@ -128,7 +129,7 @@ class Workplace:
                 "FOLDER": str(self.folder),
                 **(env or {}),
             },
-            path=self._path,
+            path=self.path,
             cwd=self.folder,
             loglevel=loglevel,
             args=args,

@@ -76,7 +76,7 @@ def audit_command(
     """
     if not as_json and importlib.util.find_spec("rich") is None:
         raise click.UsageError(
-            "the table needs rich: pip install 'isolated-tasks[rich]', or ask for --json"
+            "the table needs rich: pip install 'isolated-tasks[cli]', or ask for --json"
         )
     app = ctx.obj.app
     auditor = Auditor(tasks)

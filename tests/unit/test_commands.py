@@ -10,9 +10,9 @@ from celery.bin.celery import celery
 from celery.bin.worker import worker
 from click.testing import CliRunner, Result
 
-from isolated_tasks import cli
+from isolated_tasks import commands as cli
 from isolated_tasks.advice import Advice, Verdict
-from isolated_tasks.cli_audit import exit_code
+from isolated_tasks.commands.audit import exit_code
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_without_rich_there_is_one_clear_error(
     result = invoke(app_module, "--seconds", "0.1")
 
     assert result.exit_code == 2
-    assert "pip install 'isolated-tasks[rich]'" in result.output
+    assert "pip install 'isolated-tasks[cli]'" in result.output
 
 
 def test_json_does_without_rich(app_module: str, monkeypatch: pytest.MonkeyPatch) -> None:
