@@ -31,6 +31,7 @@ __all__ = [
     "announce",
     "children",
     "is_worker",
+    "launchers",
     "memory_budget",
     "new_launcher",
     "stop_call",
@@ -81,6 +82,11 @@ def is_worker(app: Celery) -> bool:
     """Whether this is the main process of a worker of this app, or one of its pool processes."""
     owner, _, _ = os.environ.get(ADDRESS_VARIABLE, "").partition(":")
     return app in _process.launchers or owner == str(os.getppid())
+
+
+def launchers() -> list[Launcher]:
+    """The launchers of this process; one from each worker that it is the main process of."""
+    return list(_process.launchers.values())
 
 
 def address(app: Celery) -> str:
