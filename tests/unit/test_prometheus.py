@@ -1,5 +1,6 @@
 """The metrics: what is counted, and how it is told."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -159,9 +160,7 @@ def test_buckets_rise_and_memory_s_are_the_powers_of_two() -> None:
         assert list(bounds) == sorted(set(bounds))
     assert MEMORY_BUCKETS[0] == MIB
     assert MEMORY_BUCKETS[-1] == 64 << 30
-    assert {high / low for low, high in zip(MEMORY_BUCKETS, MEMORY_BUCKETS[1:], strict=False)} == {
-        2
-    }
+    assert {high / low for low, high in itertools.pairwise(MEMORY_BUCKETS)} == {2}
 
 
 def test_the_table_of_the_module_has_each_metric(collector: prometheus._Collector) -> None:
