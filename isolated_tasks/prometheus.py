@@ -55,7 +55,6 @@ try:
         HistogramMetricFamily,
         Metric,
     )
-    from prometheus_client.utils import floatToGoString
 except ImportError as exc:
     raise ImportError(
         "isolated_tasks.prometheus and the setting isolated_prometheus_port need the package "
@@ -103,7 +102,9 @@ class _Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Bounds as text, and how many values are not above each."""
-        texts = [*map(floatToGoString, self._bounds), "+Inf"]
+        # Not as the library writes its own: releases differ, and a bound is a label, so another
+        # text would begin another series.
+        texts = [*map(str, self._bounds), "+Inf"]
         return list(zip(texts, itertools.accumulate(self._counts), strict=True))
 
 
