@@ -226,3 +226,15 @@ def test_the_main_process_alone_listens_until_it_stops(served: Served) -> None:
     assert [process for process in others if served.port in listening(process)] == []
     assert served.worker.stop() == 0
     assert refused(served.url)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_program_adds_the_metrics_to_its_own_exporter(worker: StartWorker, pool: str) -> None:
+    own = {"OWN_EXPORTER": "yes"}
+    served = Served(worker("scraped", pool=pool, conf={"isolated_spares": 0}, env=own))
+    served.call("hold", MIB).get(timeout=TIMEOUT)
+
+    scrape = served.scrape_after(1)
+
+    assert scrape.calls() == {("scraped.hold", "returned"): 1}
+    assert scrape.get("forkserver_up") == 1

@@ -5,9 +5,13 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from celery.signals import worker_init
+from prometheus_client import CollectorRegistry, start_http_server
+
 from harness import bodies
 from harness.app import make_app
 from isolated_tasks import IsolatedTask, Usage
+from isolated_tasks.prometheus import register
 from isolated_tasks.signals import isolated_call_finished
 from isolated_tasks.usage import fields
 
@@ -19,6 +23,17 @@ def note(sender: Any, usage: Usage, **_: Any) -> None:
     with open(Path(os.environ["FOLDER"]) / "usages", "a") as file:
         values = {**fields(usage), "task": sender.name, "told_in": os.getpid()}
         file.write(json.dumps(values) + "\n")
+
+
+if "OWN_EXPORTER" in os.environ:
+    # As a program that serves metrics itself.
+    registry = CollectorRegistry()
+    register(registry)
+
+    @worker_init.connect(weak=False)
+    def serve(**_: Any) -> None:
+        server, _thread = start_http_server(0, addr="127.0.0.1", registry=registry)
+        print(f"metrics are served at http://127.0.0.1:{server.server_port}/metrics", flush=True)
 
 
 @app.task(base=IsolatedTask)
