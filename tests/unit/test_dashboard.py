@@ -1,4 +1,4 @@
-"""The Grafana dashboard of the examples shows what the exporter exposes."""
+"""The Grafana dashboard, and the page about it, have the metrics that the exporter exposes."""
 
 import json
 import re
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from isolated_tasks import ExitReason
 from isolated_tasks.prometheus import _Collector
 
-DASHBOARD: dict[str, Any] = json.loads(
-    (Path(__file__).parents[2] / "examples/grafana_dashboard.json").read_text()
-)
+ROOT = Path(__file__).parents[2]
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "examples/grafana_dashboard.json").read_text())
+PAGE = (ROOT / "docs/how-to/trace-and-measure.md").read_text()
 
 #: Which samples a metric of each type has.
 SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"]}
@@ -20,12 +21,16 @@ SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_cou
 SCRAPED_LABELS = {"instance", "job"}
 
 
+def labels_of(family: Any) -> set[str]:
+    return set(family._labelnames)
+
+
 def exposed() -> dict[str, set[str]]:
     """The labels of each sample, by its name."""
     samples = {}
     for family in _Collector().describe():
         for suffix in SUFFIXES[family.type]:
-            labels = set(getattr(family, "_labelnames", ()))
+            labels = labels_of(family)
             samples[family.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
     return samples
 
@@ -111,3 +116,23 @@ def test_every_metric_is_shown() -> None:
 
     for family in _Collector().describe():
         assert shown & {family.name + suffix for suffix in SUFFIXES[family.type]}, family.name
+
+
+def test_the_table_of_the_page_is_that_of_the_exporter() -> None:
+    rows = re.findall(r"^\| `(isolated_tasks_\w+)` \| (\w+) \| (.*?) ?\|", PAGE, re.MULTILINE)
+
+    assert {(name, kind, frozenset(re.findall(r"\w+", labels))) for name, kind, labels in rows} == {
+        (
+            family.name + ("_total" if family.type == "counter" else ""),
+            family.type,
+            frozenset(labels_of(family)),
+        )
+        for family in _Collector().describe()
+    }
+
+
+def test_the_page_names_each_exit_reason_and_no_metric_that_there_is_not() -> None:
+    families = {family.name for family in _Collector().describe()}
+
+    assert set(re.findall(r"\bisolated_tasks_\w+", PAGE)) <= families | set(EXPOSED)
+    assert [str(reason) for reason in ExitReason if f"`{reason}`" not in PAGE] == []
