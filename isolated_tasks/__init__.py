@@ -8,6 +8,7 @@ The package has two wings, and imports point down only (a test says so)::
     advice      what the figures of a plain task come to
     worker      the bootstep that starts and stops the forkserver
     remote      what a worker answers to `celery inspect isolated`
+    prometheus  metrics of what calls used, and of the forkserver
     task        IsolatedTask: decides who runs a call, and where
     calls       one call, from its slot: what travels, what comes back
     failures    what a call fails with
@@ -27,9 +28,10 @@ The package has two wings, and imports point down only (a test says so)::
     errors      every exception; imports nothing
 
 What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors``,
-``isolated_tasks.signals`` and ``isolated_tasks.audit.install`` are public; everything else may
-change. Names are loaded on first use (PEP 562), because the forkserver and a spawned child import
-this package too and must be free to do so without Celery.
+``isolated_tasks.signals``, ``isolated_tasks.audit.install`` and
+``isolated_tasks.prometheus.register`` are public; everything else may change. Names are loaded on
+first use (PEP 562), because the forkserver and a spawned child import this package too and must be
+free to do so without Celery.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ __all__ = [
     "children",
     "is_worker",
     "launcher_of",
+    "launchers",
     "memory_budget",
     "new_launcher",
     "stop_call",
@@ -82,6 +83,11 @@ def is_worker(app: Celery) -> bool:
     """Whether this is the main process of a worker of this app, or one of its pool processes."""
     owner, _, _ = os.environ.get(ADDRESS_VARIABLE, "").partition(":")
     return app in _process.launchers or owner == str(os.getppid())
+
+
+def launchers() -> list[Launcher]:
+    """The launchers of this process; one from each worker that it is the main process of."""
+    return list(_process.launchers.values())
 
 
 def address(app: Celery) -> str:

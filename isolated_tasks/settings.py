@@ -78,6 +78,9 @@ TASK_OPTIONS: dict[str, Any] = {
 #: `difflib` counts: ``batchsize``, ``isolate`` and ``batch_idle_timout`` do, ``batch`` does not.
 _MISSPELT = 0.85
 
+#: The last one that there is in TCP.
+MAX_PORT = 65535
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -184,6 +187,11 @@ class WorkerSettings:
     max_redeliveries: int = 3
     #: ``isolated_memory_audit``: measure plain tasks as they run.
     memory_audit: bool = False
+    #: ``isolated_prometheus_port``: where a worker serves Prometheus metrics; 0 for any port that
+    #: is free, None for not at all.
+    prometheus_port: int | None = None
+    #: ``isolated_prometheus_host``: the address that it listens at.
+    prometheus_host: str = "0.0.0.0"
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,8 @@ _COMMAND_LINE_TYPES = {
     "isolated_memory_audit": "bool",
     "isolated_boot_timeout": "float",
     "isolated_start_timeout": "float",
+    "isolated_prometheus_port": "int",
+    "isolated_prometheus_host": "string",
 }
 
 #: Every setting.
@@ -275,6 +285,8 @@ def worker_settings(app: Celery) -> WorkerSettings:
         memory_budget=_memory_budget(app, forkservers),
         max_redeliveries=max_redeliveries,
         memory_audit=memory_audit_of(app),
+        prometheus_port=_port(app, "isolated_prometheus_port"),
+        prometheus_host=_host(app, "isolated_prometheus_host", default.prometheus_host),
     )
 
 
@@ -549,6 +561,23 @@ def _seconds(app: Celery, setting: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise _refusal(None, setting, value, "must be a number of seconds above 0")
     return float(value)
+
+
+def _port(app: Celery, setting: str) -> int | None:
+    value = _setting(app, setting, None)
+    if value is None:
+        return None
+    if not _is_count(value) or value > MAX_PORT:
+        raise _refusal(None, setting, value, f"must be a port, a whole number up to {MAX_PORT}")
+    assert isinstance(value, int)
+    return value
+
+
+def _host(app: Celery, setting: str, default: str) -> str:
+    value = _setting(app, setting, default)
+    if not isinstance(value, str) or not value:
+        raise _refusal(None, setting, value, "must be a name or an address of this machine")
+    return value
 
 
 def _is_count(value: object) -> bool:

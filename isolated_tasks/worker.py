@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from isolated_tasks.process.children import Children
     from isolated_tasks.process.launcher import Launcher
+    from isolated_tasks.prometheus import MetricsServer
 
 __all__ = ["IsolationStep"]
 
@@ -48,6 +49,7 @@ class IsolationStep(bootsteps.StartStopStep):
         self.launcher: Launcher | None = None
         self._reload: Callable[..., Any] = lambda: None
         self._children: Children | None = None
+        self._metrics: MetricsServer | None = None
         self._clock: Any = None
         #: When a forkserver that takes no more is to be asked again, with some to spare.
         self._asks_at = 0.0
@@ -80,6 +82,8 @@ class IsolationStep(bootsteps.StartStopStep):
         for task in _isolated_tasks(app):
             settings.check_task(task)
         self.launcher = requester.new_launcher(app, hostname=parent.hostname)
+        # Before anything is started: it raises where the package that it needs is not there.
+        self._metrics = _serve_metrics(app)
         _warn_of_the_budget(app, self.launcher.plan.memory_budget_bytes)
         self.launcher.on_backlog = functools.partial(self._ask_again, parent)
         self.launcher.start()
@@ -134,6 +138,9 @@ class IsolationStep(bootsteps.StartStopStep):
             if timer is not None:
                 timer.cancel()
         self._clock = self._timer = None
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         if self._children is not None:
             self._children.close()
         if self.launcher is not None:
@@ -200,6 +207,16 @@ class IsolationStep(bootsteps.StartStopStep):
 def _isolated_tasks(app: Celery) -> list[IsolatedMixin]:
     tasks = [task for task in app.tasks.values() if isinstance(task, IsolatedMixin)]
     return [task for task in tasks if settings.is_isolated(task)]
+
+
+def _serve_metrics(app: Celery) -> MetricsServer | None:
+    chosen = settings.worker_settings(app)
+    if chosen.prometheus_port is None:
+        return None
+    # Here and not above: what it needs is an extra.
+    from isolated_tasks import prometheus
+
+    return prometheus.serve(chosen.prometheus_host, chosen.prometheus_port)
 
 
 def _warn_of_the_budget(app: Celery, budget_bytes: int | None) -> None:

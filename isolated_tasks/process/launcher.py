@@ -132,6 +132,9 @@ class Launcher:
         self._retired: list[Generation] = []
         #: Called when a forkserver has been started: `descriptors` has changed.
         self.on_launch: Callable[[], object] = lambda: None
+        #: Forkservers that were started so far, and how many have died, or were killed because
+        #: they did not answer. A start that failed is a failure too.
+        self.starts = self.failures = 0
         self._stopped = False
         self._told_of_limits = False
         #: Called when a stop could not be sent yet: `check` is to be called soon.
@@ -173,6 +176,10 @@ class Launcher:
     def pids(self) -> list[int]:
         """The forkservers that take requests, or will, as far as is known."""
         return [generation.pid for generation in self._current()]
+
+    def every_pid(self) -> list[int]:
+        """The forkservers that live: those too that were replaced and still have children."""
+        return [generation.pid for generation in self._generations()]
 
     def wait_loaded(self, timeout: float) -> None:
         """Wait until every forkserver has loaded.
@@ -336,6 +343,7 @@ class Launcher:
     def _launch(self, *, beside: Generation | None = None) -> Generation:
         assert self._listener is not None
         generation = Generation(self._listener, self._boot(shares=bool(beside or self._retired)))
+        self.starts += 1
         logger.debug("forkserver pid=%d started at %s", generation.pid, self.address)
         return generation
 
@@ -367,6 +375,7 @@ class Launcher:
             generation = self._launch(beside=beside)
         except OSError as exc:
             # The owner's event loop, which asks, must not end of it.
+            self.failures += 1
             logger.error("no forkserver can be started: %s; calls wait for it", exc)
             return place.postpone()
         if beside is None:
@@ -444,6 +453,7 @@ class Launcher:
     def _bury(self, place: _Place, generation: Generation) -> None:
         self._hang_up(generation)
         exit_code = generation.wait_or_kill()
+        self.failures += 1
         place.note_end(generation)
         logger.error(
             "forkserver pid=%d %s while it was %s; %s",

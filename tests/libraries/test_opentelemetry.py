@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import psutil
 import pytest
 
 from harness.worker import Worker
@@ -90,3 +91,17 @@ def test_metrics_of_a_body_are_sent(traced: Traced) -> None:
     traced.settle()
 
     assert {"name": "calls_of_work", "pid": pid} in traced.workplace.lines("metrics")
+
+
+def test_a_child_whose_spans_nobody_takes_exits_all_the_same(traced: Traced) -> None:
+    pid = traced.get("work_while_the_backend_hangs")
+    result = traced.get("work", 98)
+    traced.settle()
+
+    # The slot has seen the end of that child, or it would not have served the next call.
+    assert result["pid"] != pid
+    assert not psutil.pid_exists(pid)
+    traced.worker.wait_for_log("opentelemetry.context could not send all that was buffered")
+    assert traced.spans("never sent") == []
+    (body,) = traced.spans("in body 98")
+    assert body["pid"] == result["pid"]

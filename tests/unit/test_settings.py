@@ -372,6 +372,11 @@ def test_an_app_without_settings_has_the_defaults(app: Celery) -> None:
         ("isolated_max_redeliveries", 0, "max_redeliveries", 0),
         ("isolated_memory_audit", True, "memory_audit", True),
         ("isolated_memory_audit", None, "memory_audit", False),
+        ("isolated_prometheus_port", 9808, "prometheus_port", 9808),
+        ("isolated_prometheus_port", 0, "prometheus_port", 0),
+        ("isolated_prometheus_port", None, "prometheus_port", None),
+        ("isolated_prometheus_host", "::1", "prometheus_host", "::1"),
+        ("isolated_prometheus_host", None, "prometheus_host", "0.0.0.0"),
     ],
 )
 def test_a_setting_of_the_worker_is_read(
@@ -402,6 +407,8 @@ def test_a_setting_of_the_worker_is_read(
             for value in [0, -1, "12 parsecs", "all", True, 1.5, 2**63]
         ),
         *(("isolated_max_redeliveries", value) for value in [-1, "3", 1.5, True]),
+        *(("isolated_prometheus_port", value) for value in [-1, 65536, "9808", 1.5, True]),
+        *(("isolated_prometheus_host", value) for value in ["", 7, b"::1"]),
     ],
     ids=repr,
 )

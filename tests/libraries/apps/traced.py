@@ -5,6 +5,7 @@ $SET_UP says where: "import" of this module, or "worker_process_init".
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,14 @@ def write(file_name: str, **values: Any) -> None:
         file.write(json.dumps({**values, "pid": os.getpid()}) + "\n")
 
 
+#: In a process where this is set, what would take the spans never answers.
+backend_hangs = threading.Event()
+
+
 class ToFile(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        if backend_hangs.is_set():
+            threading.Event().wait()
         for span in spans:
             assert span.context is not None
             write(
@@ -87,6 +94,14 @@ def work(number: int) -> dict[str, Any]:
         pass
     metrics.get_meter(__name__).create_counter("calls_of_work").add(1)
     return {"pid": os.getpid(), "baggage": dict(baggage.get_all())}
+
+
+@app.task(base=IsolatedTask)
+def work_while_the_backend_hangs() -> int:
+    backend_hangs.set()
+    with trace.get_tracer(__name__).start_as_current_span("never sent"):
+        pass
+    return os.getpid()
 
 
 @app.task(base=IsolatedTask, batch_size=2, batch_idle_timeout=60.0)
