@@ -1,6 +1,6 @@
 """What the `celery` program has beyond Celery's own: ``celery isolated …``, options of ``worker``.
 
-Celery imports this module, by the entry point ``celery.commands``, whenever its program starts where
+Celery imports this module, by the entry point ``celery.commands``, whenever its program starts and
 this package is installed. So a command is imported when it is run.
 """
 
