@@ -255,13 +255,15 @@ def _run(
     call_options = None if message is None else message.call_options(task)
     address = functools.partial(requester.address, task.app)
     known_by_value = byvalue.is_by_value(task)
-    profile = profiles.chosen(task, call.task_id, message and message.profile)
+    chosen = settings.for_slot(task)
+    asked = message and message.profile
+    profile = profiles.chosen(task, call.task_id, chosen.profiling, asked)
     if profile is not None:
         call = dataclasses.replace(call, profile=profile)
     pickled = _pickle(task, call, by_value=known_by_value)
     used: list[Usage] = []
     outcome: Outcome | None = None
-    run = functools.partial(children.call, spares=settings.spares_for(task), on_end=used.append)
+    run = functools.partial(children.call, spares=chosen.spares, on_end=used.append)
     try:
         outcome = run(pickled, options, address, call_options)
         if "unknown_task" in outcome.notes and not known_by_value:

@@ -68,16 +68,18 @@ class Profile:
 _said: set[tuple[str, str]] = set()
 
 
-def chosen(task: IsolatedMixin, task_id: str | None, asked: object) -> Profile | None:
+def chosen(
+    task: IsolatedMixin, task_id: str | None, said: settings.Profiling, asked: object
+) -> Profile | None:
     """The profile that is to be made of a call, if any.
 
     Args:
         task: Whose call it is.
         task_id: The message's; None for an errback in the main process.
+        said: What its options say.
         asked: What the `HEADER` of the message says, None where there is none. It goes before
             ``profile`` and ``profile_every``.
     """
-    said = settings.profiling(task)
     profiler = said.profiler if asked is None else asked
     if profiler is None:
         return None

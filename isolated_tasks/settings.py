@@ -43,17 +43,18 @@ __all__ = [
     "TASK_OPTIONS",
     "MemoryStep",
     "Profiling",
+    "SlotSettings",
     "WorkerSettings",
     "check_names",
     "check_settings",
     "check_task",
+    "for_slot",
     "is_isolated",
     "memory_ladder",
     "process_options",
     "profiling",
     "result_codec",
     "result_serializer",
-    "spares_for",
     "spares_of",
     "worker_settings",
 ]
@@ -214,6 +215,15 @@ class Profiling:
     directory: str | None
 
 
+@dataclass(frozen=True)
+class SlotSettings:
+    """What a slot asks for with each call: in one look, since a look at all options takes time."""
+
+    #: ``isolated_spares``.
+    spares: int
+    profiling: Profiling
+
+
 def _setting_of(option: str) -> str:
     return "isolated_enabled" if option == "isolated" else f"isolated_{option}"
 
@@ -310,9 +320,13 @@ def spares_of(app: Celery) -> int:
 
 
 @_while_unchanged
-def spares_for(task: IsolatedMixin) -> int:
-    """`spares_of` the app of a task."""
-    return spares_of(task.app)
+def for_slot(task: IsolatedMixin) -> SlotSettings:
+    """What a slot asks for with each call of a task.
+
+    Raises:
+        OptionError: An option or a setting has a value that cannot be used.
+    """
+    return SlotSettings(spares_of(task.app), profiling(task))
 
 
 def _memory_budget(app: Celery, forkservers: int) -> int | str | None:
@@ -495,7 +509,6 @@ def result_codec(task: IsolatedMixin) -> tuple[str, str] | None:
     return content_type, encoding
 
 
-@_while_unchanged
 def profiling(task: IsolatedMixin) -> Profiling:
     """Which calls of a task are profiled, and where the profiles go.
 

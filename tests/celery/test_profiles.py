@@ -198,6 +198,21 @@ def test_beside_a_snapshot_lies_a_text_with_the_peak_and_the_first_lines(
     assert text[4] == "    kept.append(bytearray(size))  # here"
 
 
+@pytest.mark.parametrize(
+    "conf",
+    [
+        pytest.param({"isolated_preload": ["memray"]}, marks=needs_memray, id="preloaded"),
+        pytest.param({"isolated_start_method": "spawn"}, marks=needs_memray, id="spawned"),
+    ],
+)
+def test_memray_may_be_preloaded_and_a_child_spawned(
+    start: StartWorker, conf: dict[str, Any]
+) -> None:
+    call = Call(start(conf=conf), "by_memray")
+
+    assert sum(by_memray(call.path)) >= SIZE
+
+
 def test_a_task_whose_results_are_encoded_has_a_profile_too(start: StartWorker) -> None:
     call = Call(start(), "encoded")
 
@@ -213,12 +228,14 @@ def test_a_body_that_fails_is_profiled(start: StartWorker) -> None:
     assert sum(by_memray(call.path)) > SIZE
 
 
-@needs_memray
-def test_a_copy_that_the_body_forks_leaves_the_profile_alone(start: StartWorker) -> None:
-    call = Call(start(), "fork")
+@pytest.mark.parametrize("profiler", PROFILERS)
+def test_a_copy_that_the_body_forks_leaves_the_profile_alone(
+    start: StartWorker, directory: Path, profiler: str
+) -> None:
+    call = Call(start(), "fork", str(directory), headers={"isolated_profile": profiler})
 
-    assert isinstance(call.value, int)
-    assert sum(by_memray(call.path)) > SIZE
+    assert call.value == []
+    assert sum(READ[profiler](call.path)) >= SIZE
 
 
 @pytest.mark.parametrize("profiler", PROFILERS)

@@ -16,7 +16,7 @@ from celery import Celery
 
 from isolated_tasks import IsolatedTask, OptionError, profiles, settings
 from isolated_tasks.process.usage import ExitReason, Usage
-from isolated_tasks.profiles import Profile, Recording, chosen, told
+from isolated_tasks.profiles import Profile, Recording, told
 from isolated_tasks.usage import fields, summary
 
 MakeTask = Callable[..., Any]
@@ -55,6 +55,11 @@ def make_task(app: Celery) -> MakeTask:
         return app.tasks[name]
 
     return make
+
+
+def chosen(task: Any, task_id: str | None, asked: object) -> Profile | None:
+    """As a slot asks."""
+    return profiles.chosen(task, task_id, settings.for_slot(task).profiling, asked)
 
 
 # ── options ─────────────────────────────────────────────────────────────────────────────────────

@@ -158,10 +158,10 @@ def test_without_a_memory_limit_looks_become_rare(
     # Bodies of less than that are not looked at.
     assert enforcer.wait() is None
     enforcer.begun()
-    waits = []
+    waits: list[float] = []
     while len(waits) < 12:
-        waits.append(enforcer.wait())
-        clock.now += waits[-1] or 0.0
+        waits.append(enforcer.wait() or 0.0)
+        clock.now += waits[-1]
         assert due(enforcer) is None
 
     assert waits[0] == pytest.approx(enforcing.FIRST_LOOK)
