@@ -32,7 +32,7 @@ from celery.exceptions import Retry, SoftTimeLimitExceeded
 from celery.result import result_from_tuple
 from celery.utils.saferepr import saferepr
 
-from isolated_tasks import byvalue, context, encoded, settings
+from isolated_tasks import byvalue, context, encoded, profiles, settings
 from isolated_tasks import signals as own_signals
 from isolated_tasks.errors import ForkserverError
 from isolated_tasks.process import board, limits, pickling
@@ -262,6 +262,8 @@ class BodyCall:
     carried: context.Carried | None = None
     #: Tasks that come by value.
     definitions: list[bytes] = field(default_factory=list)
+    #: What is to be made of it.
+    profile: profiles.Profile | None = None
 
 
 def run(call: BodyCall) -> Outcome:
@@ -285,7 +287,10 @@ def run(call: BodyCall) -> Outcome:
         return Outcome(notes={"unknown_task": missing[0]})
     with _stack(app, call.stack) as requests:
         canvas = _canvas(requests[-1]) if requests else {}
-        outcome = _outcome(app.tasks[call.task], call)
+        recording = profiles.Recording(call.profile)
+        outcome = _outcome(app.tasks[call.task], call, recording)
+        if recording.problem is not None:
+            outcome.notes["profile"] = recording.problem
         if requests:
             outcome.notes["children"] = [one.as_tuple() for one in requests[-1]._children or ()]
             outcome.notes["request"] = _changes(requests[-1], call.stack[-1].request, canvas)
@@ -300,7 +305,7 @@ def run(call: BodyCall) -> Outcome:
 run.marks_body = True  # type: ignore[attr-defined]
 
 
-def _outcome(task: Any, call: BodyCall) -> Outcome:
+def _outcome(task: Any, call: BodyCall, recording: profiles.Recording) -> Outcome:
     frame = sys._getframe()
     args = _arguments(call)
     with _surroundings(task, call, args):
@@ -308,7 +313,7 @@ def _outcome(task: Any, call: BodyCall) -> Outcome:
         # an exception that is a frozen dataclass refuses.
         try:
             function = task if call.directly else task.callable_in_child()
-            with limits.body():
+            with recording, limits.body():
                 value = function(*args, **call.kwargs)
         except BaseException as exc:
             outcome = Outcome(failure=Failure.of(exc, skip=frame))

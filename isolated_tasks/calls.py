@@ -14,7 +14,16 @@ from celery.canvas import signature
 from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded
 from celery.result import result_from_tuple
 
-from isolated_tasks import body, byvalue, context, encoded, requester, settings, usage
+from isolated_tasks import (
+    body,
+    byvalue,
+    context,
+    encoded,
+    profiles,
+    requester,
+    settings,
+    usage,
+)
 from isolated_tasks.errors import (
     ChildLostError,
     IsolationError,
@@ -160,11 +169,14 @@ class Message:
         self.request = request
         #: What the main process has sent along; nothing outside a worker, with ``isolated_eager``.
         self.sent: dict[str, Any] = (request.properties or {}).pop(requester.PROPERTY, {})
-        step = (request.headers or {}).get(MEMORY_STEP, 0)
+        headers = request.headers or {}
+        step = headers.get(MEMORY_STEP, 0)
         #: How its children were lost so far, as far as the main process knows.
         self.losses: list[str] = self.sent.get("losses", [])
         #: Of the task's ``memory_limit``.
         self.step: int = step if isinstance(step, int) and step >= 0 else 0
+        #: A profiler, if whoever has sent it asks for one.
+        self.profile: object = headers.get(profiles.HEADER)
 
     def call_options(self, task: IsolatedMixin) -> CallOptions:
         """The limits of the call.
@@ -243,9 +255,15 @@ def _run(
     call_options = None if message is None else message.call_options(task)
     address = functools.partial(requester.address, task.app)
     known_by_value = byvalue.is_by_value(task)
+    chosen = settings.for_slot(task)
+    asked = message and message.profile
+    profile = profiles.chosen(task, call.task_id, chosen.profiling, asked)
+    if profile is not None:
+        call = dataclasses.replace(call, profile=profile)
     pickled = _pickle(task, call, by_value=known_by_value)
     used: list[Usage] = []
-    run = functools.partial(children.call, spares=settings.spares_for(task), on_end=used.append)
+    outcome: Outcome | None = None
+    run = functools.partial(children.call, spares=chosen.spares, on_end=used.append)
     try:
         outcome = run(pickled, options, address, call_options)
         if "unknown_task" in outcome.notes and not known_by_value:
@@ -255,7 +273,11 @@ def _run(
             outcome = run(pickled, options, address, call_options)
     finally:
         if used:
-            usage.finished(task, call.task_id, message and message.request, used[-1])
+            known = used[-1]
+            if profile is not None:
+                problem = None if outcome is None else outcome.notes.get("profile")
+                known = profiles.told(task, call.task_id, profile, known, problem)
+            usage.finished(task, call.task_id, message and message.request, known)
     if "unknown_task" in outcome.notes:
         raise task.app.tasks.NotRegistered(outcome.notes["unknown_task"])
     codec = settings.result_codec(task)

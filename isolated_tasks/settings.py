@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import operator
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -38,19 +39,23 @@ if TYPE_CHECKING:
     from isolated_tasks.task import IsolatedMixin
 
 __all__ = [
+    "PROFILERS",
     "TASK_OPTIONS",
     "MemoryStep",
+    "Profiling",
+    "SlotSettings",
     "WorkerSettings",
     "check_names",
     "check_settings",
     "check_task",
+    "for_slot",
     "is_isolated",
     "memory_audit_of",
     "memory_ladder",
     "process_options",
+    "profiling",
     "result_codec",
     "result_serializer",
-    "spares_for",
     "spares_of",
     "worker_settings",
 ]
@@ -72,7 +77,13 @@ TASK_OPTIONS: dict[str, Any] = {
     "result_serializer": None,
     "start_method": "forkserver",
     "env": None,
+    "profile": None,
+    "profile_every": 1,
+    "profile_directory": None,
 }
+
+#: What ``profile`` may be.
+PROFILERS = ("memray", "tracemalloc")
 
 #: How much of an attribute's name must agree with an option's for it to be a misspelt one, as
 #: `difflib` counts: ``batchsize``, ``isolate`` and ``batch_idle_timout`` do, ``batch`` does not.
@@ -203,6 +214,27 @@ class MemoryStep:
     queue: str | None = None
 
 
+@dataclass(frozen=True)
+class Profiling:
+    """Which calls of a task are profiled, and where the profiles go."""
+
+    #: One of `PROFILERS`; None for no call, but those whose message asks for it.
+    profiler: str | None
+    #: One call in so many.
+    every: int
+    #: An absolute path; None for one of this user's own.
+    directory: str | None
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """What a slot asks for with each call: in one look, since a look at all options takes time."""
+
+    #: ``isolated_spares``.
+    spares: int
+    profiling: Profiling
+
+
 def _setting_of(option: str) -> str:
     return "isolated_enabled" if option == "isolated" else f"isolated_{option}"
 
@@ -216,6 +248,7 @@ _COMMAND_LINE_TYPES = {
     "isolated_nice": "int",
     "isolated_max_open_files": "int",
     "isolated_keep_children": "bool",
+    "isolated_profile_every": "int",
     "isolated_term_grace": "float",
     "isolated_max_redeliveries": "int",
     "isolated_worker_process_init": "bool",
@@ -304,9 +337,13 @@ def spares_of(app: Celery) -> int:
 
 
 @_while_unchanged
-def spares_for(task: IsolatedMixin) -> int:
-    """`spares_of` the app of a task."""
-    return spares_of(task.app)
+def for_slot(task: IsolatedMixin) -> SlotSettings:
+    """What a slot asks for with each call of a task.
+
+    Raises:
+        OptionError: An option or a setting has a value that cannot be used.
+    """
+    return SlotSettings(spares_of(task.app), profiling(task))
 
 
 def memory_audit_of(app: Celery) -> bool:
@@ -394,6 +431,7 @@ def check_task(task: IsolatedMixin) -> None:
         OptionError: There is one.
     """
     process_options(task)
+    profiling(task)
     CallOptions(
         task.name,
         soft_time_limit=getattr(task, "soft_time_limit", None) or None,
@@ -500,6 +538,27 @@ def result_codec(task: IsolatedMixin) -> tuple[str, str] | None:
     return content_type, encoding
 
 
+def profiling(task: IsolatedMixin) -> Profiling:
+    """Which calls of a task are profiled, and where the profiles go.
+
+    Raises:
+        OptionError: An option has a value that cannot be used.
+    """
+    profiler = _option(task, "profile")
+    if profiler is not None and profiler not in PROFILERS:
+        rule = f"must be {' or '.join(map(repr, PROFILERS))}"
+        raise _refusal(task.name, "profile", profiler, rule)
+    every = _option(task, "profile_every")
+    if not _is_count(every) or not every:
+        raise _refusal(task.name, "profile_every", every, "must be a whole number above 0")
+    directory = _option(task, "profile_directory")
+    if directory is not None and not _is_absolute(directory):
+        # What it would be relative to differs from process to process.
+        rule = "must be the absolute path of a directory"
+        raise _refusal(task.name, "profile_directory", directory, rule)
+    return Profiling(profiler, every, None if directory is None else os.fspath(directory))
+
+
 def _optional_bytes(task: IsolatedMixin, option: str) -> int | None:
     value = _option(task, option)
     return None if value is None else _bytes(task.name, option, value)
@@ -582,6 +641,11 @@ def _host(app: Celery, setting: str, default: str) -> str:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_absolute(path: object) -> bool:
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    return isinstance(path, str) and os.path.isabs(path) and "\0" not in path
 
 
 def _flag(app: Celery, setting: str, default: bool) -> bool:

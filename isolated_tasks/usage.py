@@ -140,6 +140,8 @@ def summary(usage: Usage) -> str:
         parts.append(f"cpu {usage.cpu_seconds:.2g}s")
     if usage.pid is not None:
         parts.append(f"pid {usage.pid}")
+    if usage.profile_path is not None:
+        parts.append(f"profile {usage.profile_path}")
     return ", ".join(parts)
 
 

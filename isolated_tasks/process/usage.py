@@ -83,6 +83,8 @@ class Usage:
     position: int
     #: How it ended.
     exit_reason: ExitReason
+    #: Of the file with its memory profile, absolute; None where there is none.
+    profile_path: str | None = None
 
     @property
     def cpu_seconds(self) -> float | None:

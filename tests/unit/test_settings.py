@@ -79,7 +79,8 @@ def test_the_defaults_are_those_of_the_process_options(make_task: MakeTask) -> N
 
 def test_every_option_of_a_task_is_an_attribute_of_the_base_class() -> None:
     assert all(name in vars(IsolatedMixin) for name in TASK_OPTIONS)
-    assert {name for name, *_ in VALUES} | {"isolated", "result_serializer"} == set(TASK_OPTIONS)
+    others = {"isolated", "result_serializer", "profile", "profile_every", "profile_directory"}
+    assert {name for name, *_ in VALUES} | others == set(TASK_OPTIONS)
 
 
 def test_a_result_serializer_has_outcomes_sent_as_plain_data(
