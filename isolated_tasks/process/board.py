@@ -3,8 +3,8 @@
 Which call a child serves, and the how manieth of its batch that is, only its requester knows, and
 the child. To tell the forkserver would cost each call a message, and the forkserver a wake-up. So
 there is a board: memory that a forkserver shares with whatever it forks. A child writes into a
-place of its own there as a call begins and ends, which takes two or three microseconds; the forkserver
-reads it when it is asked, and only then.
+place of its own there as a call begins and ends, which takes two or three microseconds; the
+forkserver reads it when it is asked, and only then.
 
 It is for showing alone. A body that spoils it spoils what is shown, and nothing else: what is read
 here is taken for anything.
