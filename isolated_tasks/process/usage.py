@@ -182,7 +182,8 @@ class Meter:
         self._is_fresh = False
         self._self = resource.getrusage(resource.RUSAGE_SELF)
         self._children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        self._baseline = system.rss_bytes()
+        # The mark has just begun anew, so it is what there is.
+        self._baseline = self._mark(self._self)
         self._began = None
 
     def begun(self) -> None:
@@ -201,10 +202,7 @@ class Meter:
     def _measured(self, wall: float) -> Measured:
         own = resource.getrusage(resource.RUSAGE_SELF)
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        peak = own.ru_maxrss * system.MAXRSS_UNIT_BYTES
-        if not self._is_forked:
-            peak, _ = system.peak_and_rss_bytes()
-        peak = tree_peak = max(peak, self._baseline)
+        peak = tree_peak = max(self._mark(own), self._baseline)
         if children.ru_maxrss > self._children.ru_maxrss:
             # One that was waited for held this, and nobody knows when; this process was there too.
             held = children.ru_maxrss * system.MAXRSS_UNIT_BYTES
@@ -214,3 +212,9 @@ class Meter:
         user += children.ru_utime - self._children.ru_utime
         kernel += children.ru_stime - self._children.ru_stime
         return Measured(self._baseline, peak, tree_peak, user, kernel, wall)
+
+    def _mark(self, own: resource.struct_rusage) -> int:
+        """The high-water mark of this process, in bytes."""
+        if self._is_forked:
+            return own.ru_maxrss * system.MAXRSS_UNIT_BYTES
+        return system.peak_and_rss_bytes()[0]

@@ -63,7 +63,8 @@ def measure(scale: Scale) -> Section:
     bounds = {UNTIL_RESULT: at_most(0.8), UNTIL_REAPED: at_most(1.3)}
     for name in OURS:
         section.ratio(name, bare, bounds.get(name))
-    section.ratio(MEASURING, IN_A_BATCH, at_most(0.05))
+    section.ratio(MEASURING, f"{UNTIL_RESULT}, without a spare", at_most(0.05))
+    section.ratio(MEASURING, IN_A_BATCH)
     section.ratio(UNTIL_RESULT, "billiard's forkserver", at_most(0.25))
     for name in found:
         if name not in (*OURS, MEASURING, bare, "billiard's forkserver"):
