@@ -233,6 +233,7 @@ def test_what_a_body_raises_goes_through_untouched(tmp_path: Path) -> None:
         raise FrozenError(7)
 
     assert (tmp_path / "profile").exists()
+    assert not tracemalloc.is_tracing()
 
 
 def test_without_a_profile_no_profiler_is_imported() -> None:
