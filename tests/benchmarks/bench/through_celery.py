@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.figures import Section, at_least
 from bench.scale import Scale
-from bench.workers import RQVariant, Variant, per_task, started
+from bench.workers import RQVariant, Variant, per_task, spent, started
 
 PLAIN = Variant("plain", "bench.app.plain")
 ISOLATED = Variant("isolated", "bench.app.isolated")
@@ -83,7 +83,7 @@ def _measure(section: Section, variants: list[Variant], scale: Scale) -> None:
     """Each gets a chunk, in turn, in another order each time."""
     found: dict[str, list[float]] = {variant.name: [] for variant in variants}
     generator = random.Random(1)
-    with tempfile.TemporaryDirectory() as folder, started(variants, Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, started(variants, Path(folder)) as pids:
         order = list(variants)
         for _ in range(scale.chunks):
             generator.shuffle(order)
@@ -93,5 +93,23 @@ def _measure(section: Section, variants: list[Variant], scale: Scale) -> None:
                 # The mean of a chunk: several slots end their tasks at about the same time, and so
                 # does a process of a batch.
                 found[variant.name].append(sum(spans) / len(spans))
+        accounted = [variant for variant in variants if variant in (PLAIN, ISOLATED, batch(20))]
+        for variant in accounted:
+            _account(section, variant, pids[variant.name], scale.tasks)
     for name, values in found.items():
         section.add(f"{name}", values, "ms/task")
+
+
+def _account(section: Section, variant: Variant, pid: int, tasks: int) -> None:
+    """What each part of a worker spends on a task: what its time is made of."""
+    before = spent(pid)
+    variant.run(tasks)
+    for part, after in spent(pid).items():
+        if part not in before:
+            continue
+        meanwhile = after.since(before[part])
+        cpu = 1e3 * meanwhile.cpu_seconds / tasks
+        section.figure(f"CPU of the {part}, {variant.name}", cpu, "ms/task")
+        if part in ("forkserver", "children"):
+            faults = meanwhile.page_faults / tasks
+            section.figure(f"page faults of the {part}, {variant.name}", faults, "/task")

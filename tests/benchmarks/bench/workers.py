@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import redis
 
 from bench import bodies
@@ -132,6 +133,40 @@ def _stop(process: subprocess.Popen[Any]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a part of a worker has spent so far."""
+
+    cpu_seconds: float
+    page_faults: int
+
+    def since(self, before: Spent) -> Spent:
+        """What was spent meanwhile."""
+        return Spent(self.cpu_seconds - before.cpu_seconds, self.page_faults - before.page_faults)
+
+
+def spent(pid: int) -> dict[str, Spent]:
+    """Of a prefork worker with one slot: main process, slot, forkserver and all its children."""
+    main = psutil.Process(pid)
+    found = {"main process": _spent(main, of_children=False)}
+    for process in main.children():
+        if "isolated_tasks.process.forkserver" in process.cmdline():
+            found["forkserver"] = _spent(process, of_children=False)
+            found["children"] = _spent(process, of_children=True)
+        elif "celery" in process.cmdline():
+            found["slot"] = _spent(process, of_children=False)
+    return found
+
+
+def _spent(process: psutil.Process, *, of_children: bool) -> Spent:
+    # proc(5), /proc/PID/stat: fields 10 and 11, counted from behind the name.
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    times = process.cpu_times()
+    if of_children:
+        return Spent(times.children_user + times.children_system, int(fields[8]))
+    return Spent(times.user + times.system, int(fields[7]))
 
 
 @contextlib.contextmanager
