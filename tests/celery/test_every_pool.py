@@ -224,8 +224,8 @@ def test_a_lost_child_is_an_error_that_says_how(
         assert f'"{APP}", line {line} in die_here' in str(error)
     else:
         assert error.crash_traceback == ""
-    line = rf"Task isolated\.die_here\[{result.id}\] raised unexpected .*: Child"
-    running.worker.wait_for_log(line)
+    lost = rf"Task isolated\.die_here\[{result.id}\] raised unexpected .*: Child"
+    running.worker.wait_for_log(lost)
 
 
 def test_errbacks_hear_of_a_lost_child_once(running: Combination, tmp_path: Path) -> None:
