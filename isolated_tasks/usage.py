@@ -158,9 +158,8 @@ def _show(record: logging.LogRecord) -> bool:
     if record.msg == trace.LOG_SUCCESS:
         record.msg = record.msg.replace("%(runtime)ss", f"%(runtime)ss, {shown}")
     else:
-        # "… raised unexpected: …", "… retry: …", "… ignored"
-        head, colon, rest = str(record.msg).partition(": ")
-        record.msg = f"{head} ({shown}){colon}{rest}"
+        # "… raised unexpected: …", "… retry: …": at the end, for who searches logs for these.
+        record.msg = f"{record.msg} ({shown})"
     return True
 
 

@@ -215,7 +215,7 @@ def test_the_lines_of_the_log_show_it(start: StartWorker, notes: Notes, pool: st
     line = running.wait_for_log(rf"\[{good.id}\] succeeded in [\d.e-]+s, {used}: {pid}")
     assert int(line[1]) > 200
     assert int(line[2]) == pid
-    running.wait_for_log(rf"\[{bad.id}\] raised unexpected \({used}\): ValueError\('no'\)")
+    running.wait_for_log(rf"\[{bad.id}\] raised unexpected: ValueError\('no'\) \({used}\)")
 
 
 def test_items_of_a_map_are_told_of_where_they_run(start: StartWorker, notes: Notes) -> None:
