@@ -27,7 +27,9 @@ def shared(
     open_workplace: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[Combination]:
     with open_workplace() as workplace:
-        combined = Combination(workplace, "faulty_tasks", pool=request.param)
+        # A spare has descriptors, which are counted here, and comes and goes as it likes.
+        conf = {"isolated_spares": 0}
+        combined = Combination(workplace, "faulty_tasks", pool=request.param, conf=conf)
         yield combined
         assert combined.worker.stop() == 0
         assert not combined.worker.killed
