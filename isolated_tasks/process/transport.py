@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import enum
 import os
 import socket
 import weakref
@@ -31,6 +32,17 @@ _ROOM_FOR_DESCRIPTORS = socket.CMSG_SPACE(protocol.SPAWN_DESCRIPTORS * array.arr
 
 # Bound before a preload gets the chance to replace it: gevent's makes an event loop for itself.
 _Socket = socket.socket
+
+
+class _Found(enum.Enum):
+    """What a read has found."""
+
+    #: As much as it could take.
+    MORE = enum.auto()
+    #: Less than that, so as a rule all that is here. But a read also ends where descriptors come,
+    #: or another process's bytes.
+    LESS = enum.auto()
+    NOTHING = enum.auto()
 
 
 class Owned(Protocol):
@@ -118,8 +130,6 @@ class Channel:
         self._descriptors: list[int] = []
         #: The peer has closed its end, is gone, or has sent what is not a message: nothing follows.
         self.at_eof = False
-        # What is here has been read, as far as is known without reading once more.
-        self._is_drained = False
         if owned:
             own(self)
 
@@ -194,8 +204,7 @@ class Channel:
             ProtocolError: What came is not a message. Nothing that follows can be understood, and
                 nothing more is read.
         """
-        self._is_drained = False
-        return next(self._messages(), None)
+        return next(self._messages(to_the_end=True), None)
 
     def messages(self) -> Iterator[protocol.Message]:
         """All messages that are here, but for what only another look at the socket would show.
@@ -205,8 +214,7 @@ class Channel:
         Raises:
             ProtocolError: As `receive`.
         """
-        self._is_drained = False
-        return self._messages()
+        return self._messages(to_the_end=False)
 
     def rest(self) -> Iterator[protocol.Message]:
         """All messages that are here; for who knows that nothing can come any more.
@@ -214,17 +222,18 @@ class Channel:
         Raises:
             ProtocolError: As `receive`.
         """
-        while (message := self.receive()) is not None:
-            yield message
+        return self._messages(to_the_end=True)
 
-    def _messages(self) -> Iterator[protocol.Message]:
+    def _messages(self, *, to_the_end: bool) -> Iterator[protocol.Message]:
+        found = _Found.MORE
         try:
             while True:
                 while self._frames:
                     yield protocol.decode(self._frames.pop(0))
-                if self.at_eof or self._is_drained:
+                is_over = found is _Found.NOTHING or (found is _Found.LESS and not to_the_end)
+                if self.at_eof or is_over:
                     return
-                self._read()
+                found = self._read()
         except ProtocolError:
             self._frames.clear()
             self.at_eof = True
@@ -235,7 +244,7 @@ class Channel:
         descriptors, self._descriptors = self._descriptors, []
         return descriptors
 
-    def _read(self) -> None:
+    def _read(self) -> _Found:
         """Read once."""
         space = self._reader.space()
         try:
@@ -243,11 +252,10 @@ class Channel:
                 [space], _ROOM_FOR_DESCRIPTORS, _MSG_CMSG_CLOEXEC
             )
         except (BlockingIOError, InterruptedError):
-            self._is_drained = True
-            return
+            return _Found.NOTHING
         except ConnectionError:
             self.at_eof = True
-            return
+            return _Found.NOTHING
         if ancillary:
             self._descriptors.extend(received_descriptors(ancillary))
         # They may also come a few at a time, with bytes of a frame that never ends or with messages
@@ -256,11 +264,11 @@ class Channel:
             raise ProtocolError("more descriptors came than a message has")
         if count == 0:
             self.at_eof = True
-            return
+            return _Found.NOTHING
         self._frames.extend(self._reader.received(count))
-        # As a rule: a read also ends where descriptors come, or another process's bytes. What is
-        # no frame is to be said as soon as those before it are told.
-        self._is_drained = count < len(space) and not self._reader.is_broken
+        # What is no frame is to be said as soon as those before it are told.
+        is_less = count < len(space) and not self._reader.is_broken
+        return _Found.LESS if is_less else _Found.MORE
 
     def shut_down_writing(self) -> None:
         """Let the peer see end-of-file; what it sends still arrives."""

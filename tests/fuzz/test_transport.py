@@ -142,7 +142,7 @@ class Receiver(RuleBasedStateMachine):
         self.under_way, self.held = 0, self.under_way + self.held
         self.too_many_descriptors |= self.held > SPAWN_DESCRIPTORS
         try:
-            for message in self.channel.messages():
+            for message in self.channel.rest():
                 assert not self.failed, f"{message} has come after an error"
                 self.messages.append(message)
         except ProtocolError:
