@@ -35,7 +35,7 @@ import os
 import socket
 import socketserver
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from wsgiref import simple_server
@@ -145,22 +145,18 @@ class _Calls:
         self.runs[task] = _Histogram(RUN_BUCKETS)
 
     def families(self) -> Iterator[Metric]:
-        ended = CounterMetricFamily(
+        yield _counters(
             "isolated_tasks_calls",
             "Calls of isolated tasks that have ended, by how they did.",
-            labels=["task", "exit_reason"],
+            "exit_reason",
+            self.ended,
         )
-        for labels, count in self.ended.items():
-            ended.add_metric(labels, count)
-        yield ended
-        cpu = CounterMetricFamily(
+        yield _counters(
             "isolated_tasks_call_cpu_seconds",
             "CPU time of calls, with that of the descendants that they waited for.",
-            labels=["task", "mode"],
+            "mode",
+            self.cpu,
         )
-        for labels, seconds in self.cpu.items():
-            cpu.add_metric(labels, seconds)
-        yield cpu
         yield _histograms(
             "isolated_tasks_call_peak_memory_bytes",
             "The most resident memory that the process of a call and its descendants had.",
@@ -176,6 +172,13 @@ class _Calls:
             "From the beginning of a body to its end.",
             self.runs,
         )
+
+
+def _counters(name: str, text: str, label: str, values: Mapping[tuple[str, str], float]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=["task", label])
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
 
 
 def _histograms(name: str, text: str, by_task: dict[str, _Histogram]) -> Metric:

@@ -96,7 +96,7 @@ def address(app: Celery) -> str:
     Raises:
         ForkserverError: This process needed one of its own, and it did not come up.
     """
-    launcher = _process.launchers.get(app)
+    launcher = launcher_of(app)
     if launcher is not None:
         # In threads, greenlets and solo the slots live with the launcher, and the event loop that
         # would replace a dead forkserver may be waiting for this very call.
@@ -194,7 +194,7 @@ def stop_call(
         reason: For the log.
         keeps_outcome: Whether a call that has ended by then is none the worse for it.
     """
-    launcher = _process.launchers.get(app)
+    launcher = launcher_of(app)
     if launcher is not None:
         launcher.stop_call(Stop(call_id, signal, reason, keeps_outcome))
 

@@ -8,10 +8,9 @@ counted there is counted once, in every pool.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -79,35 +78,30 @@ def _send(task: Any, task_id: str | None, usage: Usage) -> None:
 
 
 def handed_on(request: RequestMixin, callback: Callable[..., Any]) -> Callable[..., Any]:
-    """What a pool is to call with what `traced` returns, for what it would call without that."""
+    """What a pool is to call with what `traced` returns, for what it would call without that.
+
+    It sends the signal and the event, around what Celery does about the result. Who follows the
+    events takes what follows ``task-`` for a state of the task, unless one that is final is known
+    (celery/events/state.py, ``Task.event``). So the event comes after success and failure, before a
+    retry, and not at all where Celery itself says nothing of the end.
+    """
 
     def on_result(result: Any, *arguments: Any, **keywords: Any) -> Any:
         *celery_s, usage = result
-        if usage is None:
-            return callback(tuple(celery_s), *arguments, **keywords)
-        with _told(request, usage, celery_s):
-            return callback(tuple(celery_s), *arguments, **keywords)
+        failed, value, *_ = celery_s
+        error = getattr(value, "exception", None) if failed else None
+        is_retry = isinstance(error, Retry)
+        is_silent = request._is_stopped or isinstance(error, Ignore | Reject)
+        if usage is not None:
+            _send(request.task, request.id, usage)
+            if is_retry:
+                request.send_event(EVENT, **fields(usage))
+        answer = callback(tuple(celery_s), *arguments, **keywords)
+        if usage is not None and not is_retry and not is_silent:
+            request.send_event(EVENT, **fields(usage))
+        return answer
 
     return on_result
-
-
-@contextlib.contextmanager
-def _told(request: RequestMixin, usage: Usage, result: list[Any]) -> Iterator[None]:
-    """Send the signal and the event around what Celery does about the result.
-
-    Who follows Celery's events takes what follows ``task-`` for a state of the task, unless one
-    that is final is known (celery/events/state.py, ``Task.event``). So the event comes after
-    success and failure, before a retry, and not at all where Celery itself says nothing of the end.
-    """
-    _send(request.task, request.id, usage)
-    failed, value, *_ = result
-    error = getattr(value, "exception", None) if failed else None
-    is_silent = request._is_stopped or isinstance(error, Ignore | Reject)
-    if isinstance(error, Retry):
-        request.send_event(EVENT, **fields(usage))
-    yield
-    if not is_silent and not isinstance(error, Retry):
-        request.send_event(EVENT, **fields(usage))
 
 
 def fields(usage: Usage) -> dict[str, Any]:

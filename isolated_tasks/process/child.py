@@ -41,7 +41,7 @@ from isolated_tasks.process.stderr import Diversion
 from isolated_tasks.process.transport import Channel
 from isolated_tasks.process.usage import Meter
 
-__all__ = ["ExitCode", "Inherited", "is_child", "main"]
+__all__ = ["IN_ORDER", "ExitCode", "Inherited", "is_child", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,10 @@ class ExitCode(enum.IntEnum):
     ORPHANED = 71
     #: The child's own code failed; the traceback is on its stderr.
     INTERNAL = 70
+
+
+#: Those of a child that has ended as it should.
+IN_ORDER = frozenset({ExitCode.DONE, ExitCode.LEFT_PROCESSES})
 
 
 @dataclass(frozen=True)

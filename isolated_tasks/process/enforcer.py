@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import time
 
 from isolated_tasks.process import memory, stopping
@@ -126,7 +125,7 @@ class Enforcer:
         limit = self._options.memory_limit_bytes
         if pid is None or self._next_look is None or now < self._next_look:
             return
-        held = memory.tree_bytes(pid, above=sys.maxsize if limit is None else limit)
+        held = memory.tree_rss_bytes(pid) if limit is None else memory.tree_bytes(pid, above=limit)
         self.last_bytes = held
         self.peak_bytes = max(held, self.peak_bytes or 0)
         if limit is None:

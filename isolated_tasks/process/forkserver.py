@@ -54,8 +54,6 @@ MAX_STOPS = 10_000
 LISTEN_AGAIN_MILLISECONDS = 100
 
 _KILLED = -int(signal.SIGKILL)
-#: Exit codes of children that have ended as they should.
-_IN_ORDER = frozenset({int(child.ExitCode.DONE), int(child.ExitCode.LEFT_PROCESSES)})
 _READ = system.POLL_READ
 _WRITE = system.POLL_WRITE
 
@@ -661,7 +659,7 @@ class _Loop:
         if connection.entry is not None:
             self._board.leave(connection.entry)
             connection.entry = None
-        self._failures += exit_code not in _IN_ORDER
+        self._failures += exit_code not in child.IN_ORDER
         is_killed = exit_code == _KILLED
         self._oom_kills.look(at_once=is_killed)
         oom_killed: bool | None = False

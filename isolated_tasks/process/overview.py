@@ -25,9 +25,6 @@ ANSWER_SECONDS = 0.2
 #: Another thread may read the answer that this one waits for: it looks this often, in seconds.
 _LOOK_SECONDS = 0.01
 
-#: Above any sum of RSS.
-_ANY = 1 << 62
-
 
 def overview(launcher: Launcher, *, timeout: float = ANSWER_SECONDS) -> dict[str, Any]:
     """Ask the forkservers what there is, and look how much memory that holds.
@@ -52,7 +49,7 @@ def overview(launcher: Launcher, *, timeout: float = ANSWER_SECONDS) -> dict[str
         if problem is not None or generation.listing is None:
             continue
         for child in generation.listing.children:
-            rss = memory.tree_bytes(child["pid"], above=_ANY)
+            rss = memory.tree_rss_bytes(child["pid"])
             # One that has ended since holds nothing.
             told["children"].append({**child, "forkserver": generation.pid, "rss_bytes": rss})
         for call in generation.listing.waiting:

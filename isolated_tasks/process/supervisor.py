@@ -30,7 +30,7 @@ from isolated_tasks.process import (
     system,
     verdicts,
 )
-from isolated_tasks.process.child import ExitCode
+from isolated_tasks.process.child import IN_ORDER
 from isolated_tasks.process.enforcer import KILLED_SECONDS, Enforcer
 from isolated_tasks.process.lifecycle import Event, Lifecycle, State
 from isolated_tasks.process.options import CallOptions, ProcessOptions
@@ -62,8 +62,6 @@ UNLOADABLE = (
 _CHECK_SECONDS = 0.5
 
 
-#: Exit codes that need no word in the log.
-_IN_ORDER = (None, ExitCode.DONE, ExitCode.LEFT_PROCESSES)
 #: How often a child whose forkserver dies is shown to the next one.
 _MAX_ADOPTIONS = 10
 
@@ -748,7 +746,8 @@ class Supervisor:
             self.exit_code, self.usage = exit_code, usage
             had_outcome = self._life.state in (State.READY, State.EXITING)
             self._life.handle(Event.EXITED)
-        if had_outcome and exit_code not in _IN_ORDER and not self._lifeline.is_cut:
+        needs_a_word = exit_code is not None and exit_code not in IN_ORDER
+        if had_outcome and needs_a_word and not self._lifeline.is_cut:
             when = "after its last outcome" if self._accepted else "before it had a call"
             logger.warning("%r %s %s", self, system.describe_exit(exit_code), when)
 

@@ -11,32 +11,20 @@ import argparse
 import contextlib
 import os
 import select
-import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 
 from harness import bodies
-from harness.processes import Mailbox, program, wait_status
+from harness.processes import Mailbox, program, stopped, wait_status
 from isolated_tasks.process.launcher import Launcher, Plan
 
 #: In seconds; whoever is there then is an orphan.
 TIMEOUT = 10.0
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """The process does not run."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_status(pid, psutil.STATUS_STOPPED)
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def seconds_until_gone(pids: Sequence[int], began: float) -> float:

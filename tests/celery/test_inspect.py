@@ -4,8 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import psutil
 import pytest
 from celery.result import AsyncResult
 
-from harness.processes import Mailbox, Word, survivors, wait_status
+from harness.processes import Mailbox, Word, stopped, survivors
 from harness.watching import celery, inspect, inspect_until
 from harness.worker import Worker
 
@@ -66,16 +65,6 @@ def told_of(answer: dict[str, Any], pid: int) -> dict[str, Any]:
     """What is said of a child."""
     (child,) = (child for child in answer["children"] if child["pid"] == pid)
     return dict(child)
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        wait_status(pid, psutil.STATUS_STOPPED)
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture

@@ -5,19 +5,16 @@ import json
 import os
 import pty
 import select
-import signal
 import struct
 import subprocess
 import termios
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from harness.processes import PATIENCE, Mailbox, Word, wait_status
+from harness.processes import PATIENCE, Mailbox, Word, stopped
 from harness.watching import celery, command, environment
 from harness.worker import Worker
 
@@ -232,16 +229,6 @@ def terminal(workplace: Workplace) -> Iterator[Callable[..., Terminal]]:
         one.close()
 
 
-@contextmanager
-def stopped(worker: Worker) -> Iterator[None]:
-    os.kill(worker.pid, signal.SIGSTOP)
-    try:
-        wait_status(worker.pid, psutil.STATUS_STOPPED)
-        yield
-    finally:
-        os.kill(worker.pid, signal.SIGCONT)
-
-
 @pytest.mark.parametrize("key", [b"q", b"Q", b"\x03"], ids=["q", "Q", "Ctrl-C"])
 def test_the_view_shows_what_runs_until_a_key_ends_it(
     two: Two, terminal: Callable[..., Terminal], key: bytes
@@ -268,7 +255,7 @@ def test_the_view_says_which_worker_does_not_answer_any_more(
     screen = terminal("--interval", "0.2", "--timeout", "1")
     screen.wait_for(*(result.id for result in two.results))
 
-    with stopped(two.workers[0]):
+    with stopped(two.workers[0].pid):
         screen.shown = b""
         screen.wait_for(f"no answer from {two.workers[0].name}", two.results[1].id)
 

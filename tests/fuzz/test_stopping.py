@@ -35,6 +35,7 @@ class Body(RuleBasedStateMachine):
         self.patch.setattr(enforcer, "time", clock)
         self.patch.setattr(stopping, "time", clock)
         self.patch.setattr(memory, "tree_bytes", self._look)
+        self.patch.setattr(memory, "tree_rss_bytes", lambda pid: self.held)
 
     def _look(self, pid: int, *, above: int) -> int:
         return self.held

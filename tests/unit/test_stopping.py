@@ -152,7 +152,7 @@ def test_without_a_memory_limit_looks_become_rare(
     monkeypatch.undo()
     monkeypatch.setattr(time, "monotonic", clock)
     sizes = [3 * MIB, 9 * MIB, *[MIB] * 20]
-    monkeypatch.setattr(memory, "tree_bytes", lambda pid, *, above: sizes.pop(0))
+    monkeypatch.setattr(memory, "tree_rss_bytes", lambda pid: sizes.pop(0))
     enforcer = new_enforcer()
     enforcer.accepted()
     # Bodies of less than that are not looked at.

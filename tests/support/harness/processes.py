@@ -237,6 +237,17 @@ def wait_status(pid: int, *statuses: str) -> None:
     raise AssertionError(f"it never was {statuses}: {marks.describe(process)}")
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process of somebody else does not run."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_status(pid, psutil.STATUS_STOPPED)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def settle(launcher: Launcher) -> None:
     """Wait until the forkserver has done with all that happened before."""
     # Three times: a signal is seen by the round after the one that it comes in, and in that one
