@@ -41,7 +41,8 @@ class Sample:
     age: float
     #: By what they are of, without those for children.
     descriptors: Mapping[str, int]
-    #: Children that it holds descriptors for: the last of each slot, until that needs another.
+    #: Children that it holds descriptors for: the last of each slot and a spare that no call has
+    #: come for, until a call needs another.
     children: int
     rss_bytes: int
 

@@ -20,8 +20,9 @@ DESCRIPTORS_ADMITTED = 6
 #: the largest result.
 RSS_ADMITTED = 8 << 20
 RSS_ADMITTED_AT_FIRST = 64 << 20
-#: Of the workers.
-SLOTS = {"main process": 4, "pool process": 1, "forkserver": 0}
+#: That a requester holds descriptors of at rest: the last of each slot of the workers, and a spare.
+#: Each has ended, and goes when the next call looks.
+CHILDREN_ADMITTED = {"main process": 4 + 1, "pool process": 1 + 1, "forkserver": 0}
 
 
 @dataclass
@@ -145,8 +146,10 @@ class Report:
 
 
 def _has_more_descriptors(growth: Growth) -> bool:
-    slots = SLOTS[growth.role]
-    return growth.descriptors > DESCRIPTORS_ADMITTED or growth.children > slots
+    return (
+        growth.descriptors > DESCRIPTORS_ADMITTED
+        or growth.children > CHILDREN_ADMITTED[growth.role]
+    )
 
 
 def _has_more_memory(growth: Growth) -> bool:
