@@ -21,8 +21,6 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["extensions", "inventories"]
-# Folders whose pages come in any order may have none.
-suppress_warnings = ["toc.empty_glob"]
 # A link that leads nowhere is an error, also one of a docstring's.
 nitpicky = True
 # What docstrings write in single backticks may be a name that is not public, so it is no link.
