@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import ruamel.yaml  # comes with check-jsonschema
 
 import isolated_tasks
 
@@ -18,7 +18,7 @@ FORMS = sorted(ROOT.glob(".github/ISSUE_TEMPLATE/[!c]*.yml"))
 
 
 def _yaml(path: str) -> dict[Any, Any]:
-    loaded = yaml.safe_load((ROOT / path).read_text())
+    loaded = ruamel.yaml.YAML(typ="safe").load(ROOT / path)
     assert isinstance(loaded, dict)
     return loaded
 
@@ -56,7 +56,7 @@ def test_the_workflow_runs_the_lowest_and_the_newest_celery_of_the_makefile() ->
     celeries = _make_variable("MATRIX_CELERIES")
 
     assert _matrix()["celery"] == [celeries[0], celeries[-1]]
-    floors = [line for line in metadata("isolated-tasks").get_all("Requires-Dist") or []]
+    floors = metadata("isolated-tasks").get_all("Requires-Dist") or []
     assert f"celery>={celeries[0].removesuffix('.0')}" in floors
 
 
