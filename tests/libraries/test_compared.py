@@ -140,9 +140,6 @@ def queue(redis_url: str) -> Any:
 
 
 def _work(queue: Any, redis_url: str, folder: Path) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(
-        [str(Path(compared.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
     rq_program = Path(sys.executable).with_name("rq")
     return subprocess.Popen(
         [str(rq_program), "worker", "--burst", "--url", redis_url, queue.name],
