@@ -105,7 +105,8 @@ def test_the_addresses_of_the_repository_are_the_same_everywhere() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     source = re.search(r'^Source = "https://github\.com/([^"]+)"$', project, re.M)
     assert source
-    texts = [project, *(path.read_text() for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml"))]
+    files = [ROOT / "CHANGELOG.md", *ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")]
+    texts = [project, *(path.read_text() for path in files)]
 
     named = {
         name
