@@ -16,6 +16,7 @@ killing           kills a process before any step that a test wants
 frames            inputs for a reader of frames, right and wrong, and what has to come of them
 machines          any message, and how hypothesis runs state machines
 leaks             what a test left behind: descriptors, processes, zombies, files, shared memory
+page              runs the code blocks of a page of the docs
 marks             finds processes by a mark in their environment; all of the above stand on it
 
 `app` is imported by the workers too, so it imports nothing but Celery.

