@@ -462,8 +462,8 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 def describe(found: dict[str, Any]) -> str:
     return (
-        f"Python {found['python']}, {found['libc']}, Celery {found['celery']}. After 100,000 floats, "
-        "pairs, lists and dicts each, CPython's free lists held "
+        f"Python {found['python']}, {found['libc']}, Celery {found['celery']}. "
+        "After 100,000 floats, pairs, lists and dicts each, CPython's free lists held "
         f"{found['free_lists_bytes'] // 1000} kB."
     )
 
