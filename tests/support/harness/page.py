@@ -419,6 +419,8 @@ def _working_folder() -> Iterator[None]:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # Tests may run as root, and Celery refuses that for some settings without being told.
     os.environ["C_FORCE_ROOT"] = "1"
+    # A worker says that it is ready at this level, and is not told to by each page.
+    os.environ["CELERY_WORKER_LOGLEVEL"] = "INFO"
     yield
 
 
