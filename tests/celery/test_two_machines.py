@@ -268,7 +268,7 @@ def test_no_result_is_lost_where_a_network_is_gone_for_some_time(
         while "beta" not in both.hosts(both.send(SLOTS)).values():
             pass
         assert both.hosts(results) == hosts
-        assert {number for number, where in both.runs().items() if len(where) > 1} == held
+        assert {number for number, where in both.runs().items() if len(where) > 1} >= held
         both.beta.lasting_processes()
         for site in (both.alpha, both.beta):
             assert site.worker.stop() == 0
