@@ -234,7 +234,9 @@ def ask_all(lab: Lab, options: argparse.Namespace) -> list[Asking]:
         each.processes = len({result["pid"] for result in results})
         each.loads = len({result["load"] for result in results})
         each.error = f"{type(errors[0]).__name__}: {errors[0]}" if errors else ""
-        lab.say(f"  {each.label}: {each.answers} answers, {each.loads} loads")
+        lab.say(
+            f"  {each.label}: {each.answers} answers, {each.loads} load{'s' * (each.loads != 1)}"
+        )
     return found
 
 
@@ -379,8 +381,7 @@ def draw(
                      color=plot.INK, linespacing=1.6)  # fmt: skip
     for panel in (upper, lower):
         panel.invert_yaxis()
-        panel.margins(x=0.3)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.5 * panel.dataLim.x1)
         plot.tidy(panel, grid="x")
     plot.save(figure, paths)
 
