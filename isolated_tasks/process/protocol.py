@@ -288,7 +288,8 @@ class Retiring:
 class Call:
     """Run this (requester ► child)."""
 
-    pickled: Bytes
+    #: A list has it in pieces, one after the other; what is received is in one.
+    pickled: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
 
 
@@ -317,7 +318,8 @@ class Halt:
 class Outcome:
     """The call has ended (child ► requester)."""
 
-    pickled: Bytes
+    #: As that of a `Call`.
+    pickled: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
     #: The child serves no more calls.
     last: bool = False
@@ -497,7 +499,7 @@ class Frame:
 def encode(message: Message) -> list[Bytes]:
     """Turn a message into the pieces of its frame, in order; large ones are not copied."""
     kind = _KIND_OF[type(message)]
-    body: Bytes
+    body: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
     flags = 0
     if isinstance(message, (Call, Outcome)):
@@ -517,9 +519,11 @@ def encode(message: Message) -> list[Bytes]:
         body = json.dumps(values).encode()
     else:
         body = json.dumps(vars(message)).encode()
-    head = HEADER.pack(MAGIC, VERSION, kind, flags, len(buffers), _size(body))
+    pieces = body if isinstance(body, list) else [body]
+    size = sum(_size(piece) for piece in pieces)
+    head = HEADER.pack(MAGIC, VERSION, kind, flags, len(buffers), size)
     lengths = b"".join(LENGTH.pack(_size(buffer)) for buffer in buffers)
-    return [head + lengths, body, *buffers]
+    return [head + lengths, *pieces, *buffers]
 
 
 def decode(frame: Frame) -> Message:

@@ -262,10 +262,9 @@ def _advice(facts: Facts) -> str:
     if -code == signal.SIGKILL and facts.oom_killed:
         return "Give the task a memory_limit, with a ladder if some calls need more than others"
     if -code == signal.SIGKILL:
-        return (
-            "If it was for want of memory, the kernel's log (dmesg) says so; with a memory_limit "
-            "the error would"
-        )
+        advice = "If it was for want of memory, the kernel's log (dmesg) says so"
+        limited = facts.options.memory_limit_bytes is not None
+        return advice if limited else f"{advice}; with a memory_limit the error would"
     return "Somebody has sent that signal: an operator, a service manager, or the body itself"
 
 

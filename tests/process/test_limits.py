@@ -614,6 +614,8 @@ def test_a_kill_by_somebody_else_is_told_with_the_limit_and_the_last_look(
         f"{error.last_bytes / MIB:.0f} MiB when last seen",
     ):
         assert part in str(error)
+    # Nobody is told to give it the limit that it has.
+    assert "with a memory_limit the error would" not in str(error)
 
 
 @pytest.mark.fault(47)

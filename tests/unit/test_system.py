@@ -210,3 +210,16 @@ def test_without_cuda_there_is_nothing_to_ask(
     monkeypatch.setitem(sys.modules, "torch", torch)
 
     assert system.uses_cuda() is False
+
+
+# ── sockets ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(not system.IS_LINUX, reason="only Linux has names in no file system")
+def test_a_socket_whose_name_is_in_no_file_system_is_told_without_its_nuls() -> None:
+    # As CUDA's driver names one of its own.
+    name = f"isolated-tasks-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(f"\0{name}\0")
+
+        assert system.sockets()[os.fstat(one.fileno()).st_ino] == f"@{name}@"
