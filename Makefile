@@ -26,7 +26,7 @@ MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs docs-links reference faults lint format coverage matrix interleavings bench bench-limits bench-lifeline bench-audit bench-top fuzz soak clean
+.PHONY: help demo test docs docs-links reference faults lint format coverage matrix interleavings bench bench-limits bench-lifeline bench-audit bench-top fuzz soak dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 15
@@ -93,6 +93,11 @@ soak: $(VENV)/.test-installed  ## an hour of calls while processes are killed at
 	PYTHONPATH=tests/support:tests/chaos $(BIN)/python -m soak --output build/soak \
 	    --seconds $(SECONDS) --warm-up 30 $(addprefix --seed ,$(SEED)) $(ARGS)
 
+dist: $(VENV)/.release-installed  ## build the wheel and the sdist into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # A pyenv that has not made a version global has a shim for it that fails; then its own path is used.
 matrix:  ## run the tests (TESTS=tests/contract: these) on each Python and Celery
 	@mkdir -p build/matrix; failed=0; \
@@ -119,8 +124,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # What the wheel is built with lives in the environment, so that building it again takes no download.
-$(VENV)/.build-installed: | $(BIN)/python
-	$(PIP) install 'hatchling>=1.27'
+$(VENV)/.build-installed: pyproject.toml | $(BIN)/python
+	$(PIP) install 'hatchling>=1.27' 'hatch-fancy-pypi-readme>=25.1'
 	@touch $@
 
 # The slow part, once: the dependencies. The wheel is installed here too, since its extras name them.

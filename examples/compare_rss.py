@@ -16,39 +16,20 @@ from __future__ import annotations
 
 import sys
 
-from rss_comparison.errors import ComparisonError, UsageError
-from rss_comparison.interruption import Interrupted, note_signals
-from rss_comparison.options import Options, parse
+from rss_comparison.options import parse
+from support.program import run
 
 
-def compare(options: Options) -> None:
+def compare() -> None:
     """Run the comparison, once it is known that everything it needs is installed."""
-    try:
-        # Not at the top of the file: `--help` and complaints about options work without these.
-        from rss_comparison.comparison import run
+    options = parse()
+    # Not at the top of the file: `--help` and complaints about options work without these.
+    from rss_comparison import comparison
 
-        if any(variant.isolated for variant in options.variants):
-            import isolated_tasks  # noqa: F401  (a worker without it would fail much later)
-    except ImportError as error:
-        raise UsageError(
-            f"{error}; from a checkout, \"pip install -e '.[examples]'\" installs what is needed"
-        ) from error
-    run(options)
-
-
-def main() -> int:
-    """Return the exit code; an error is one line on stderr, never a traceback."""
-    try:
-        note_signals()
-        compare(parse())
-    except ComparisonError as error:
-        print(f"compare_rss: {error}", file=sys.stderr)
-        return error.exit_code
-    except Interrupted as interrupted:
-        print(f"compare_rss: {interrupted}; every worker is stopped", file=sys.stderr)
-        return interrupted.exit_code
-    return 0
+    if any(variant.isolated for variant in options.variants):
+        import isolated_tasks  # noqa: F401  (a worker without it would fail much later)
+    comparison.run(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("compare_rss", compare))

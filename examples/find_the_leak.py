@@ -25,12 +25,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from celery import Celery
-from kombu.transport import TRANSPORT_ALIASES, filesystem
+
+from support import files
 
 VARIABLE = "FIND_THE_LEAK_FOLDER"
 MEGABYTE = 1_000_000
@@ -39,32 +38,7 @@ MEGABYTE = 1_000_000
 PATIENCE = 120
 
 
-class Channel(filesystem.Channel):  # type: ignore[misc]  # Kombu has no types
-    """Messages as files, each of which appears at once.
-
-    Kombu's own are written where they are read, and whoever polls may find half of one.
-    """
-
-    @cached_property
-    def data_folder_out(self) -> str:
-        """A folder of this process alone, on the same file system."""
-        folder = Path(self.data_folder_in).parent / f"out-{os.getpid()}"
-        folder.mkdir(exist_ok=True)
-        return str(folder)
-
-    def _put(self, queue: str, payload: Any, **keywords: Any) -> None:
-        super()._put(queue, payload, **keywords)
-        for message in Path(self.data_folder_out).iterdir():
-            message.rename(Path(self.data_folder_in) / message.name)
-
-
-class Transport(filesystem.Transport):  # type: ignore[misc]
-    Channel = Channel
-
-
-TRANSPORT_ALIASES["files"] = "find_the_leak:Transport"
-
-app = Celery("find_the_leak", broker="files://")
+app = Celery("find_the_leak", broker=files.URL)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_ignore_result=True,
@@ -74,16 +48,8 @@ app.conf.update(
 )
 
 
-def use(folder: str) -> None:
-    app.conf.broker_transport_options = {
-        "data_folder_in": f"{folder}/messages",
-        "control_folder": f"{folder}/control",
-        "polling_interval": 0.02,
-    }
-
-
 if VARIABLE in os.environ:
-    use(os.environ[VARIABLE])
+    app.conf.broker_transport_options = files.options(os.environ[VARIABLE])
 
 
 # ── the tasks ───────────────────────────────────────────────────────────────────────────────────
@@ -134,9 +100,8 @@ def main() -> int:
 
 
 def find(folder: Path, options: argparse.Namespace) -> int:
-    for name in ("messages", "control"):
-        (folder / name).mkdir()
-    use(str(folder))
+    files.create(folder)
+    app.conf.broker_transport_options = files.options(str(folder))
     # A queue's file that is there already is never read half written.
     with app.connection_for_write() as link:
         app.amqp.queues[app.conf.task_default_queue](link.default_channel).declare()

@@ -2,6 +2,7 @@
 
 The package has two wings, and imports point down only (a test says so)::
 
+    testing/    for the tests of projects: an embedded worker, pytest's fixtures, a check for growth
     commands/   `celery isolated …`: audit, top; and our options of `celery worker`
     auditor     collects what the workers' audits send, and what comes of it
     audit       measures plain tasks as they run, in the worker
@@ -29,7 +30,7 @@ The package has two wings, and imports point down only (a test says so)::
     errors      every exception; imports nothing
 
 What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors``,
-``isolated_tasks.signals``, ``isolated_tasks.audit.install`` and
+``isolated_tasks.signals``, ``isolated_tasks.testing``, ``isolated_tasks.audit.install`` and
 ``isolated_tasks.prometheus.register`` are public; everything else may change. Names are loaded on
 first use (PEP 562), because the forkserver and a spawned child import this package too and must be
 free to do so without Celery.

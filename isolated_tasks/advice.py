@@ -45,7 +45,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Advice", "Call", "ProcessFigures", "TaskFigures", "Verdict", "advise", "size"]
+__all__ = [
+    "Advice",
+    "Call",
+    "ProcessFigures",
+    "TaskFigures",
+    "Verdict",
+    "advise",
+    "resident_growth_bytes",
+    "size",
+]
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -301,6 +310,19 @@ def advise(task: TaskFigures) -> Advice:
         run_seconds=run_seconds,
         batch_size=batch_size,
     )
+
+
+def resident_growth_bytes(figures: ProcessFigures) -> int:
+    """What the calls in one process add to what is resident in it and not in use, by these rules.
+
+    That is a leak in an allocator that does not tell what it has handed out, or fragmentation that
+    gets worse; where no allocator tells, any growth. 0 where it is none.
+    """
+    series = [list(figures.after_warm_up)]
+    rss, idle = _Growth(series, _rss), _Growth(series, _least_idle)
+    if rss.a_call is None or not rss.goes_on(figures.span) or not idle.confirms(rss):
+        return 0
+    return round(rss.a_call * figures.span)
 
 
 def size(size_bytes: float) -> str:

@@ -9,6 +9,7 @@ since Celery takes any name without a word.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,7 +17,7 @@ import operator
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,10 +53,12 @@ __all__ = [
     "is_isolated",
     "memory_audit_of",
     "memory_ladder",
+    "nothing_isolated",
     "process_options",
     "profiling",
     "result_codec",
     "result_serializer",
+    "size_bytes",
     "spares_of",
     "worker_settings",
 ]
@@ -414,13 +417,32 @@ def check_names(cls: type[Any]) -> None:
             raise _refusal(cls.name, name, value, f"there is no such option{hint}")
 
 
-@_while_unchanged
 def is_isolated(task: IsolatedMixin) -> bool:
     """Whether calls of this task by a worker run in a child.
 
     Celery's own tasks never do, also where ``Celery(task_cls=…)`` makes them `IsolatedTask`: they
     are the worker's own work, and light.
     """
+    return not _nothing_isolated and _is_isolated(task)
+
+
+@contextlib.contextmanager
+def nothing_isolated() -> Iterator[None]:
+    """Have no task of this process isolated for a while; see `isolated_tasks.testing.in_place`."""
+    global _nothing_isolated
+    _nothing_isolated += 1
+    try:
+        yield
+    finally:
+        _nothing_isolated -= 1
+
+
+#: So many have asked for that.
+_nothing_isolated = 0
+
+
+@_while_unchanged
+def _is_isolated(task: IsolatedMixin) -> bool:
     return bool(_option(task, "isolated")) and not (task.name or "").startswith("celery.")
 
 
@@ -562,6 +584,15 @@ def profiling(task: IsolatedMixin) -> Profiling:
 def _optional_bytes(task: IsolatedMixin, option: str) -> int | None:
     value = _option(task, option)
     return None if value is None else _bytes(task.name, option, value)
+
+
+def size_bytes(task: str, option: str, value: object) -> int:
+    """A size that somebody has said of a task: bytes, or a string such as ``"5MB"``.
+
+    Raises:
+        OptionError: It cannot be used.
+    """
+    return _bytes(task, option, value)
 
 
 def _option(task: IsolatedMixin, name: str) -> Any:

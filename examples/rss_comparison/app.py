@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rss_comparison.connection import PING_NAME, TASK_NAME, Connection
-from rss_comparison.options import Variant
+from rss_comparison.options import PING_NAME, TASK_NAME, Variant
 from rss_comparison.workload import summarise
+from support.connection import make_app
 
 
 def task_options(variant: Variant) -> dict[str, Any]:
@@ -27,6 +27,6 @@ def ping() -> None:
     """Tell that the worker is up; plain in every variant, and done before anything is measured."""
 
 
-app = Connection.from_environment().app(outbox="inbox")
+app = make_app()
 app.task(name=PING_NAME)(ping)
 app.task(name=TASK_NAME, **task_options(Variant.from_environment()))(summarise)

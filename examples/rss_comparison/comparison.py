@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import celery
@@ -15,13 +15,17 @@ import psutil
 from rich.console import Console
 
 from rss_comparison import plot
-from rss_comparison.connection import Client, Connection
 from rss_comparison.display import Display, LineDisplay, LiveDisplay, table
-from rss_comparison.errors import ComparisonError, UsageError
-from rss_comparison.figures import MEGABYTE, Run
+from rss_comparison.figures import Run
 from rss_comparison.measure import measure
 from rss_comparison.options import Options
 from rss_comparison.workload import write_orders
+from support.connection import Client, Connection
+from support.errors import ExampleError, UsageError
+from support.memory import MEGABYTE
+from support.program import writable
+
+NAME = "compare-rss"
 
 PLOTS = ("compare_rss.png", "compare_rss.svg")
 FIGURES = "compare_rss.json"
@@ -35,11 +39,11 @@ def run(options: Options) -> None:
 
     Raises:
         UsageError: Before any worker was started: this machine cannot do what was asked for.
-        ComparisonError: A worker, a task or the writing of a file failed.
+        ExampleError: A worker, a task or the writing of a file failed.
     """
     console = Console()
     _check_memory(options)
-    with _writable(options.output):
+    with writable(options.output):
         runs = [Run(variant, options.tasks) for variant in options.variants]
         _run_all(runs, options, console)
         console.print(table(runs, width=console.width, final=True))
@@ -61,29 +65,13 @@ def _check_memory(options: Options) -> None:
         )
 
 
-@contextmanager
-def _writable(output: Path) -> Iterator[None]:
-    """See now that results can be written, rather than two minutes later."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UsageError(f"cannot write to --output {output}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        # Only an empty one goes: a comparison that failed leaves no folder behind.
-        with suppress(OSError):
-            output.rmdir()
-
-
 def _run_all(runs: list[Run], options: Options, console: Console) -> None:
     with (
-        tempfile.TemporaryDirectory(prefix="compare-rss-") as name,
+        tempfile.TemporaryDirectory(prefix=f"{NAME}-") as name,
         ExitStack() as stack,
     ):
         folder = Path(name)
-        connection = Connection.create(folder, broker=options.broker, backend=options.backend)
+        connection = Connection.create(NAME, folder, broker=options.broker, backend=options.backend)
         client = Client(connection)
         client.open()
         stack.callback(client.close)
@@ -108,7 +96,7 @@ def _write_data(path: Path, options: Options, display: Display) -> Path:
     try:
         orders = write_orders(path, megabytes=options.megabytes)
     except OSError as error:
-        raise ComparisonError(f"cannot write the data file: {error}") from error
+        raise ExampleError(f"cannot write the data file: {error}") from error
     display.say(
         f"Each task loads {orders:,} orders, {options.megabytes} MB in memory, "
         "adds them up and drops them."
@@ -140,15 +128,15 @@ def _write_results(runs: list[Run], options: Options) -> None:
         paths = [options.output / plot_name for plot_name in PLOTS]
         plot.draw(runs, title=title, note=" · ".join(_setup(options).values()), paths=paths)
     except OSError as error:
-        raise ComparisonError(f"cannot write the results: {error}") from error
+        raise ExampleError(f"cannot write the results: {error}") from error
 
 
 def _setup(options: Options) -> dict[str, str]:
-    scheme = (options.broker or "filesystem").partition(":")[0]
+    scheme = (options.broker or "files").partition(":")[0]
     return {
         "python": f"Python {platform.python_version()}",
         "celery": f"Celery {celery.__version__}",
         "pool": f"{options.pool}, concurrency {options.concurrency}",
-        "broker": f"{scheme} broker",
+        "broker": f"messages through {scheme}",
         "machine": f"{platform.system()}, {os.cpu_count() or 1} cores",
     }

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rss_comparison.figures import MEGABYTE, Run, Stage
+from rss_comparison.figures import Run, Stage
+from support.memory import MEGABYTE
 
 REFRESH_INTERVAL = 0.2
 CAPTION = "MB, RSS of all the worker's processes; shared pages count in each"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from rss_comparison.options import Variant
-
-MEGABYTE = 1_000_000
+from support.memory import MEGABYTE, Sample
 
 #: How much of the time before the first task a curve shows.
 LEAD_SECONDS = 1.0
@@ -23,21 +22,6 @@ class Stage(Enum):
     IDLE = "idle"
     FINISHED = "done"
     STOPPING = "stopping"
-
-
-class Sample(NamedTuple):
-    """The worker's process tree at one moment.
-
-    Attributes:
-        at: Seconds, by the monotonic clock.
-        rss_bytes: Summed over the tree. Pages that processes share count once for each, which
-            makes a tree of forked processes look larger than it is.
-        processes: How many there are, the worker's main process among them.
-    """
-
-    at: float
-    rss_bytes: int
-    processes: int
 
 
 @dataclass

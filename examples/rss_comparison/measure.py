@@ -8,17 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rss_comparison import interruption
-from rss_comparison.connection import PING_NAME, TASK_NAME, Client, Connection
-from rss_comparison.figures import Run, Sample, Stage
-from rss_comparison.options import Options
-from rss_comparison.worker import Worker, command
+from rss_comparison.figures import Run, Stage
+from rss_comparison.options import PING_NAME, TASK_NAME, Options, Variant
+from support import interruption
+from support.connection import Client, Connection
+from support.memory import Sample
+from support.worker import STALL_TIMEOUT, Worker, command
 
 SAMPLE_INTERVAL = 0.05
 
 START_TIMEOUT = 60.0
-#: Without an outcome for this long, the worker counts as hung.
-STALL_TIMEOUT = 180.0
 
 #: A worker is at rest when, for this long, no process came or went and its RSS kept still.
 REST_SECONDS = 1.5
@@ -52,7 +51,7 @@ def measure(
         WorkerFailed: The worker or one of its tasks failed.
     """
     environment = {**connection.environment(), **run.variant.environment()}
-    line = command(run.variant, options)
+    line = _command(run.variant, options)
     with Worker(run.variant.label, line=line, environment=environment, folder=folder) as worker:
         watch = _Watch(run, worker, client, changed)
         watch.enter(Stage.STARTING)
@@ -71,6 +70,14 @@ def measure(
         watch.note_left_behind()
     client.forget()
     watch.enter(Stage.FINISHED)
+
+
+def _command(variant: Variant, options: Options) -> list[str]:
+    line = command("rss_comparison.app", "--hostname", f"{variant.name}@compare-rss")
+    line += ["--pool", options.pool, "--concurrency", str(options.concurrency)]
+    if variant.max_tasks_per_child is not None:
+        line += ["--max-tasks-per-child", str(variant.max_tasks_per_child)]
+    return line
 
 
 class _Watch:

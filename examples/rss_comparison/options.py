@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from rss_comparison.errors import UsageError
+from support.errors import UsageError
+from support.program import Parser, at_least, check_backend, parser
 
 PLAIN, RECYCLED, ISOLATED, BATCH = VARIANT_NAMES = ("plain", "recycled", "isolated", "batch")
 
 VARIABLE = "COMPARE_RSS_VARIANT"
+
+TASK_NAME = "compare_rss.summarise"
+PING_NAME = "compare_rss.ping"
 
 #: Pools that need no further package. Only prefork has processes that can be recycled.
 POOLS = ("prefork", "threads", "solo")
@@ -63,10 +66,7 @@ def parse(argv: list[str] | None = None) -> Options:
         UsageError: An option has a value that cannot be used.
     """
     given = _parser().parse_args(argv)
-    if given.backend and not given.broker:
-        raise UsageError(
-            "--backend needs --broker: without one, results are files, as messages are"
-        )
+    check_backend(given)
     return Options(
         variants=_chosen(given),
         tasks=given.tasks,
@@ -81,21 +81,13 @@ def parse(argv: list[str] | None = None) -> Options:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse would print its usage first, eight lines that bury the one that matters.
-        raise UsageError(f"{message} (--help lists the options)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="compare_rss.py",
-        description="Run one workload on several Celery workers and plot the memory each keeps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> Parser:
+    made = parser(
+        "compare_rss",
+        "Run one workload on several Celery workers and plot the memory each keeps.",
     )
-    count = _at_least(1)
-    add = parser.add_argument
+    count = at_least(1)
+    add = made.add_argument
     add("--tasks", type=count, default=21, metavar="N", help="tasks for each worker")
     add("--megabytes", type=count, default=250, metavar="MB", help="peak of one task")
     add("--concurrency", type=count, default=1, metavar="N", help="slots of each worker")
@@ -109,40 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"some of {','.join(VARIANT_NAMES)}, commas between (default: all that the pool has)",
         default=argparse.SUPPRESS,
     )
-    add("--output", type=Path, default=Path("compare_rss_output"), metavar="DIR",
-        help="folder for the plot and the figures")  # fmt: skip
-    add("--broker", type=_broker, metavar="URL", help="Redis or RabbitMQ instead of files")
-    add("--backend", type=_url, metavar="URL", help="results there, not in files; with --broker")
     add("--no-live", action="store_true", help="lines instead of a live table")
-    add("--quiet", action="store_true", help="print only errors and the final table")
-    return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {least}, not {text!r}"
-            )
-        return number
-
-    return whole_number
-
-
-def _url(text: str) -> str:
-    if "://" not in text:
-        raise argparse.ArgumentTypeError(f"must be a URL such as redis://localhost/0, not {text!r}")
-    return text
-
-
-def _broker(text: str) -> str:
-    if _url(text).startswith(("filesystem:", "memory:")):
-        raise argparse.ArgumentTypeError("must be a server; without it, messages go through files")
-    return text
+    return made
 
 
 def _variant_names(text: str) -> tuple[str, ...]:

@@ -6,30 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from rss_comparison.figures import MEGABYTE, Run
+from rss_comparison.figures import Run
 from rss_comparison.options import BATCH, ISOLATED, PLAIN, RECYCLED
+from support.memory import MEGABYTE
+from support.plot import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, new, save, tidy
 
-#: Okabe and Ito's colours, which readers with any kind of colour vision can tell apart.
-COLOURS = {PLAIN: "#D55E00", RECYCLED: "#CC79A7", ISOLATED: "#0072B2", BATCH: "#009E73"}
-INK = "#222222"
-FAINT = "#767676"
+COLOURS = {PLAIN: ORANGE, RECYCLED: PURPLE, ISOLATED: BLUE, BATCH: GREEN}
 DASHES, DOTS = (0, (4, 3)), (0, (1, 2))
 
 #: In inches. A single panel would have no room for the label beside it without LEAST_HEIGHT.
 WIDTH, PANEL_HEIGHT, LEAST_HEIGHT, MARGINS = 9.0, 1.4, 2.8, 1.3
-DOTS_PER_INCH = 160
 
 
 def draw(runs: list[Run], *, title: str, note: str, paths: list[Path]) -> None:
     """Draw the finished runs into each of `paths`, whose suffixes are the formats."""
-    # Without pyplot, which would look for a screen and keep every figure alive.
     height = MARGINS + max(PANEL_HEIGHT * len(runs), LEAST_HEIGHT)
-    figure = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.012, ha="left")
+    figure = new(title, width=WIDTH, height=height)
     panels = figure.subplots(len(runs), sharex=True, sharey=True, squeeze=False)[:, 0]
     top = max(max(run.curve()[1]) for run in runs)
     for panel, run in zip(panels, runs, strict=True):
@@ -39,8 +32,7 @@ def draw(runs: list[Run], *, title: str, note: str, paths: list[Path]) -> None:
         "seconds since the tasks were sent\n" + note, fontsize=10.5, color=INK, linespacing=1.6
     )
     figure.supylabel("RSS of the worker's process tree, MB", fontsize=10.5, color=INK)
-    for path in paths:
-        figure.savefig(path, dpi=DOTS_PER_INCH)
+    save(figure, paths)
 
 
 def _draw_run(panel: Axes, run: Run, *, top: float) -> None:
@@ -56,11 +48,7 @@ def _draw_run(panel: Axes, run: Run, *, top: float) -> None:
     panel.set_title(_summary(run), loc="right", fontsize=11, color=INK)
     panel.set_ylim(0, top * 1.12)
     panel.margins(x=0.01)
-    panel.tick_params(labelsize=10, colors=INK)
-    panel.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    panel.set_axisbelow(True)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
+    tidy(panel, grid="y")
 
 
 def _explain_lines(panel: Axes, run: Run) -> None:

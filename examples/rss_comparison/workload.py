@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from rss_comparison import interruption
+from support import interruption
 
 COLUMNS = ("order", "customer", "region", "quantity", "price", "remark")
 REGIONS = 17

@@ -40,13 +40,24 @@ PicklerFactory = Callable[..., pickle.Pickler]
 class Pickled:
     """A value as bytes: the pickle, and the large buffers that it refers to (PEP 574)."""
 
-    body: Bytes
+    #: A list has it in pieces, one after the other.
+    body: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
+
+    @property
+    def pieces(self) -> list[Bytes]:
+        """The body, in one piece or several."""
+        return self.body if isinstance(self.body, list) else [self.body]
+
+    @property
+    def whole(self) -> Bytes:
+        """The body in one piece; what has been received is so already."""
+        return b"".join(self.body) if isinstance(self.body, list) else self.body
 
     @property
     def size(self) -> int:
         """All bytes together."""
-        return sum(memoryview(part).nbytes for part in (self.body, *self.buffers))
+        return sum(memoryview(part).nbytes for part in (*self.pieces, *self.buffers))
 
 
 @dataclass(frozen=True)
@@ -79,14 +90,31 @@ def dumps(value: object, *, pickler: PicklerFactory = cloudpickle.Pickler) -> Pi
         buffers.append(raw)
         return False
 
-    with io.BytesIO() as file:
-        pickler(file, protocol=5, buffer_callback=is_in_band).dump(value)
-        return Pickled(file.getbuffer().tobytes() if buffers else file.getvalue(), buffers)
+    file = _Pieces()
+    pickler(file, protocol=5, buffer_callback=is_in_band).dump(value)
+    if sum(len(piece) for piece in file.pieces) < OUT_OF_BAND_FROM:
+        return Pickled(b"".join(file.pieces), buffers)
+    return Pickled(file.pieces, buffers)
+
+
+class _Pieces:
+    """A file that keeps what is written to it as it is.
+
+    A pickler hands over large ``bytes`` and strings as they are, since Python 3.7 (bpo-31993): so
+    they are not copied, and the process needs no more memory for them than it has.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[Bytes] = []
+
+    def write(self, data: bytes | bytearray | pickle.PickleBuffer) -> None:
+        """Keep it."""
+        self.pieces.append(data.raw() if isinstance(data, pickle.PickleBuffer) else data)
 
 
 def loads(pickled: Pickled) -> Any:
     """Turn a pickle back into its value; arrays keep the received memory, uncopied."""
-    return pickle.loads(pickled.body, buffers=pickled.buffers)
+    return pickle.loads(pickled.whole, buffers=pickled.buffers)
 
 
 def to_bytes(value: object, *, pickler: PicklerFactory = cloudpickle.Pickler) -> bytes:

@@ -86,7 +86,7 @@ def decode(pickled: Pickled) -> Outcome:
         ProtocolError: That is none.
     """
     try:
-        described = json.loads(bytes(pickled.body))
+        described = json.loads(bytes(pickled.whole))
         failure = described["failure"]
         notes = described["notes"]
         if not isinstance(notes, dict):

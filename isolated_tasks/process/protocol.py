@@ -44,6 +44,7 @@ before anything is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import mmap
@@ -110,6 +111,10 @@ SPAWN_DESCRIPTORS = 4
 #: the system when it is dropped. malloc might keep it: glibc raises its threshold for using mmap
 #: whenever such a block is freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
 MAPPED_FROM = 256 * 1024
+
+#: From this size on such a mapping asks for huge pages: 128 page faults fewer for each MB, which
+#: halve the time that a large array takes (``make bench``, payloads).
+HUGE_FROM = 4 << 20
 
 #: What a reader takes in at once, and so the largest read that may hold several frames. The fixed
 #: part of a frame with all the buffers that it may have must fit.
@@ -283,7 +288,8 @@ class Retiring:
 class Call:
     """Run this (requester ► child)."""
 
-    pickled: Bytes
+    #: A list has it in pieces, one after the other; what is received is in one.
+    pickled: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
 
 
@@ -312,7 +318,8 @@ class Halt:
 class Outcome:
     """The call has ended (child ► requester)."""
 
-    pickled: Bytes
+    #: As that of a `Call`.
+    pickled: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
     #: The child serves no more calls.
     last: bool = False
@@ -492,7 +499,7 @@ class Frame:
 def encode(message: Message) -> list[Bytes]:
     """Turn a message into the pieces of its frame, in order; large ones are not copied."""
     kind = _KIND_OF[type(message)]
-    body: Bytes
+    body: Bytes | list[Bytes]
     buffers: Sequence[Bytes] = ()
     flags = 0
     if isinstance(message, (Call, Outcome)):
@@ -512,9 +519,11 @@ def encode(message: Message) -> list[Bytes]:
         body = json.dumps(values).encode()
     else:
         body = json.dumps(vars(message)).encode()
-    head = HEADER.pack(MAGIC, VERSION, kind, flags, len(buffers), _size(body))
+    pieces = body if isinstance(body, list) else [body]
+    size = sum(_size(piece) for piece in pieces)
+    head = HEADER.pack(MAGIC, VERSION, kind, flags, len(buffers), size)
     lengths = b"".join(LENGTH.pack(_size(buffer)) for buffer in buffers)
-    return [head + lengths, body, *buffers]
+    return [head + lengths, *pieces, *buffers]
 
 
 def decode(frame: Frame) -> Message:
@@ -737,8 +746,12 @@ class FrameReader:
 def _allocate(length: int) -> memoryview:
     if length < MAPPED_FROM:
         return memoryview(bytearray(length))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return memoryview(mmap.mmap(-1, length, flags=flags))
+    mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if length >= HUGE_FROM:
+        # EINVAL: a kernel without them. madvise(2)
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(mapping)
 
 
 def _size(data: Bytes) -> int:

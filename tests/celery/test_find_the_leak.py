@@ -1,30 +1,16 @@
 """The example that finds the leaking task among four, as anybody would run it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "find_the_leak.py"
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), *arguments],
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
+from harness.examples import run_example
 
 
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
 def test_it_tells_the_four_tasks_apart_and_leaves_nothing(tmp_path: Path, pool: str) -> None:
-    done = run(tmp_path, "--json", "--pool", pool)
+    done = run_example("find_the_leak", tmp_path, "--json", "--pool", pool)
 
     assert done.returncode == 0, done.stderr
     tasks = json.loads(done.stdout)["tasks"]
@@ -38,14 +24,14 @@ def test_it_tells_the_four_tasks_apart_and_leaves_nothing(tmp_path: Path, pool: 
 
 
 def test_it_prints_the_advice(tmp_path: Path) -> None:
-    done = run(tmp_path)
+    done = run_example("find_the_leak", tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert "leaks: grows → isolate" in done.stdout
 
 
 def test_an_option_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:
-    done = run(tmp_path, "--calls", "0")
+    done = run_example("find_the_leak", tmp_path, "--calls", "0")
 
     assert done.returncode == 2
     assert "--calls" in done.stderr

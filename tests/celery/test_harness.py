@@ -1,10 +1,14 @@
 """The harness of these tests, shown to work with plain Celery tasks."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 
 from harness import marks
+from harness.network import skip_without_namespaces
+from harness.processes import program, survivors
 from harness.worker import Worker, WorkerError
 
 StartWorker = Callable[..., Worker]
@@ -107,3 +111,27 @@ def test_settings_reach_the_worker(worker: StartWorker) -> None:
 
     replies = running.app.control.inspect(timeout=2.0).conf()
     assert [reply["worker_prefetch_multiplier"] for reply in replies.values()] == [7]
+
+
+def test_machines_do_not_touch_this_one_and_go_with_who_made_them(tmp_path: Path) -> None:
+    skip_without_namespaces()
+    interfaces = psutil.net_if_addrs().keys()
+    # Both have machines of the same names.
+    with (
+        program("harness.networked", str(tmp_path)) as one,
+        program("harness.networked", str(tmp_path)) as other,
+    ):
+        assert one.stdout is not None
+        assert other.stdout is not None
+        pids = [{int(pid) for pid in each.stdout.readline().split()} for each in (one, other)]
+        assert psutil.net_if_addrs().keys() == interfaces
+        everything = set.union(*pids)
+        # Switch and forwarder; of each machine: who waits for it, its first process, who waits for
+        # a command, the command and its child.
+        assert len(everything) == 2 * (2 + 2 * 5)
+
+        one.kill()
+
+        assert survivors(pids[0]) == set()
+        assert survivors(pids[1], timeout=0) == pids[1]
+    assert survivors(everything) == set()

@@ -25,7 +25,7 @@ from harness.frames import (
     find_frames,
     traced_memory,
 )
-from harness.machines import MACHINE, messages
+from harness.machines import MACHINE, messages, received
 from isolated_tasks.errors import ProtocolError
 from isolated_tasks.process.protocol import (
     CALL_LIMITS,
@@ -138,7 +138,8 @@ class Reader(RuleBasedStateMachine):
             self.some_bytes_arrive(len(self.to_send), len(self.to_send))
         if self.peer_is_sane:
             whole = len(self.frames)
-            assert [decode(frame) for frame in self.frames] == self.messages[:whole]
+            expected = [received(message) for message in self.messages[:whole]]
+            assert [decode(frame) for frame in self.frames] == expected
             assert whole == len(self.messages) or self.error is not None
 
 

@@ -16,6 +16,7 @@ from isolated_tasks import process
 PACKAGE = Path(isolated_tasks.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 WING = "isolated_tasks.process"
+WITHOUT_MAP = ("isolated_tasks.commands", "isolated_tasks.testing")
 
 
 def drawn(docstring: str | None) -> list[str]:
@@ -94,9 +95,9 @@ def test_imports_point_down(path: Path) -> None:
         # Nothing but maps and lazy names.
         assert list(imported(path)) == []
         return
-    # The commands have no map of their own.
+    # These have no map of their own.
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    beside = f"{package}." if package == "isolated_tasks.commands" else "nothing"
+    beside = f"{package}." if package in WITHOUT_MAP else "nothing"
     others = [other for other in imported(path) if not other.startswith(beside)]
     up = [other for other in others if height(other) >= height(module)]
 

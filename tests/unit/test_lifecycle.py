@@ -1,6 +1,7 @@
 """The table of a child's life is complete, and holds."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,14 @@ def test_a_batch_goes_round_and_ends_with_its_last_outcome() -> None:
         life.handle(event)
 
     assert life.state is State.EXITED
+
+
+def test_the_page_on_the_design_shows_the_table() -> None:
+    lines = [
+        f"{state.value:<9}"
+        + ", ".join(f"{event.value} → {after.value}" for event, after in row.items())
+        for state, row in TRANSITIONS.items()
+    ]
+    page = Path(__file__).parents[2] / "docs/explanation/design.md"
+
+    assert "```text\n" + "\n".join(lines) + "\n```" in page.read_text()

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+import tracemalloc
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from isolated_tasks.process.protocol import CALL_LIMITS
 def travel(value: object) -> Any:
     """A value at the other end, its buffers received into memory that can be written to."""
     pickled = dumps(value)
-    return loads(Pickled(bytes(pickled.body), [bytearray(part) for part in pickled.buffers]))
+    return loads(Pickled(bytes(pickled.whole), [bytearray(part) for part in pickled.buffers]))
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────
@@ -60,8 +61,8 @@ def test_a_large_array_travels_out_of_band(array: np.ndarray[Any, Any]) -> None:
     pickled = dumps({"array": array})
 
     assert sum(memoryview(part).nbytes for part in pickled.buffers) == array.nbytes
-    assert memoryview(pickled.body).nbytes < 2000
-    assert pickled.size == memoryview(pickled.body).nbytes + array.nbytes
+    assert memoryview(pickled.whole).nbytes < 2000
+    assert pickled.size == memoryview(pickled.whole).nbytes + array.nbytes
     np.testing.assert_array_equal(travel(array), array)
 
 
@@ -72,6 +73,27 @@ def test_a_large_array_is_not_copied_on_its_way_out() -> None:
     array[0] = 7
 
     assert memoryview(buffer).cast("B").cast("d")[0] == 7
+
+
+@pytest.mark.parametrize(
+    "data", [bytes(10**6), "x" * 10**6, bytearray(10**6)], ids=lambda data: type(data).__name__
+)
+def test_large_bytes_and_strings_are_not_copied_on_their_way_out(data: object) -> None:
+    dumps(data)  # what is there once, such as the encoded string
+    tracemalloc.start()
+    try:
+        pickled = dumps({"data": data, "more": [1, 2, 3]})
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    # A string is encoded once, and no more.
+    assert held < (100_000 if not isinstance(data, str) else 1_100_000)
+    assert loads(pickled) == {"data": data, "more": [1, 2, 3]}
+
+
+def test_a_small_pickle_is_in_one_piece() -> None:
+    assert isinstance(dumps([bytes(100)] * 3).body, bytes)
 
 
 def test_an_array_keeps_the_memory_that_it_was_received_in_and_can_be_written_to() -> None:

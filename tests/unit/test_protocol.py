@@ -29,6 +29,7 @@ from isolated_tasks.process.protocol import (
     Adopt,
     Begun,
     Boot,
+    Bytes,
     Call,
     Exited,
     Frame,
@@ -177,12 +178,16 @@ def read(chunks: Iterable[bytes], limits: Limits = LIMITS) -> list[Message]:
     return [decode(frame) for frame in frames]
 
 
+def _whole(pickled: Bytes | list[Bytes]) -> bytes:
+    return b"".join(pickled) if isinstance(pickled, list) else bytes(pickled)
+
+
 def plain(messages: Sequence[Message]) -> list[Message]:
     """The same messages, their memoryviews as bytes."""
     return [
         dataclasses.replace(
             message,
-            pickled=bytes(message.pickled),
+            pickled=_whole(message.pickled),
             buffers=[bytes(buffer) for buffer in message.buffers],
         )
         if isinstance(message, Call | Outcome)
@@ -234,6 +239,15 @@ def test_control_messages_are_json_so_that_nobody_has_to_unpickle_them() -> None
     (frame,) = feed(FrameReader(LIMITS), as_bytes([SPAWN]))
 
     assert json.loads(bytes(frame.body))["name"] == "tasks.render"
+
+
+@pytest.mark.parametrize("kind", [Call, Outcome], ids=lambda kind: kind.__name__)
+def test_a_pickle_in_pieces_arrives_in_one(kind: type[Call] | type[Outcome]) -> None:
+    large = bytes(MAPPED_FROM)
+    message = kind([b"begin", large, b"end"], [b"buffer"])
+
+    assert any(piece is large for piece in encode(message))
+    assert plain(read([as_bytes([message])])) == plain([message])
 
 
 def test_a_large_buffer_is_not_copied_on_its_way_out() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from pathlib import Path
@@ -39,15 +38,18 @@ def make(kind: str, size: int) -> Any:
     return pd.DataFrame(array[: rows * columns].reshape(rows, columns))
 
 
-@functools.cache
-def kept(kind: str, size: int) -> Any:
-    """The same, made once: in a forkserver, so that a child has nothing to do but to send it."""
-    return make(kind, size)
+_kept: list[Any] = []
 
 
-def send(kind: str, size: int) -> Any:
-    """Return data."""
-    return kept(kind, size)
+def keep(argument: bytes) -> None:
+    """Make data in a forkserver, so that a child has nothing to do but to send it."""
+    kind, size = argument.decode().split()
+    _kept.append(make(kind, int(size)))
+
+
+def send() -> Any:
+    """Return the data."""
+    return _kept[0]
 
 
 def take(data: object) -> int:

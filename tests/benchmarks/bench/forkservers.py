@@ -13,13 +13,19 @@ MIB = 1 << 20
 
 
 @contextlib.contextmanager
-def forkserver(*preload: str) -> Iterator[Launcher]:
+def forkserver(*preload: str, setup: str = "", argument: str = "") -> Iterator[Launcher]:
     """One that has loaded these modules.
+
+    Args:
+        preload: Their names.
+        setup: ``"module:function"``, called before with the argument, encoded.
+        argument: That.
 
     Raises:
         ImportError: It has not.
     """
-    launcher = Launcher(Plan(preload=preload))
+    plan = Plan(preload, setup=setup, setup_name=setup, setup_argument=argument.encode())
+    launcher = Launcher(plan)
     launcher.start()
     try:
         launcher.wait_loaded(60)

@@ -26,14 +26,15 @@ def name_of(size: int) -> str:
 def measure(scale: Scale) -> Section:
     """Measure all of it."""
     section = Section("Payloads")
-    with forkserver("numpy", "pandas", "bench.bodies") as launcher:
-        slot = Slot(launcher.address)
-        slot.run(bodies.nothing)
-        for size in scale.sizes:
-            rounds = scale.rounds // 4 if size < bodies.MB else scale.slow_rounds
-            for kind in KINDS:
+    for size in scale.sizes:
+        rounds = scale.rounds // 4 if size < bodies.MB else scale.slow_rounds
+        for kind in KINDS:
+            kept = f"{kind} {size}"
+            with forkserver("pandas", setup="bench.bodies:keep", argument=kept) as launcher:
+                slot = Slot(launcher.address)
+                slot.run(bodies.nothing)
                 _measure(section, slot, kind, size, max(1, rounds))
-        slot.close()
+                slot.close()
     largest = name_of(scale.sizes[-1])
     section.ratio(f"{largest} array, returned", f"{largest} array, copied once", at_most(2))
     return section
@@ -50,9 +51,7 @@ def _measure(section: Section, slot: Slot, kind: str, size: int, rounds: int) ->
     del data, contenders
     gc.collect()
     before = rss_mib()
-    found |= in_turn(
-        [timed(f"{name}, returned", partial(slot.run, bodies.send, kind, size))], rounds
-    )
+    found |= in_turn([timed(f"{name}, returned", partial(slot.run, bodies.send))], rounds)
     gc.collect()
     for part, values in found.items():
         section.add(part, values)

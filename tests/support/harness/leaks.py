@@ -199,7 +199,7 @@ def descriptors_of(pid: int) -> list[str]:
     Without connections to servers: Celery opens those when it first needs them, and keeps them.
     """
     found = _targets(pid)
-    remote = _internet_sockets()
+    remote = _internet_sockets(pid)
     return [at for at in found if at not in remote]
 
 
@@ -213,10 +213,11 @@ def _targets(pid: int) -> list[str]:
     return found
 
 
-def _internet_sockets() -> set[str]:
+def _internet_sockets(pid: int) -> set[str]:
+    """Those of the network that a process is in."""
     found: set[str] = set()
     for name in ("tcp", "tcp6"):
         # proc(5), /proc/net/tcp: the tenth column is the inode.
-        lines = Path("/proc/net", name).read_text().splitlines()[1:]
+        lines = Path(f"/proc/{pid}/net", name).read_text().splitlines()[1:]
         found.update(f"socket:[{line.split()[9]}]" for line in lines)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.frames import SAMPLES
 from isolated_tasks.process.options import MAX_INTEGER
-from isolated_tasks.process.protocol import MAPPED_FROM, SCRATCH_SIZE, Bytes, Message
+from isolated_tasks.process.protocol import MAPPED_FROM, SCRATCH_SIZE, Bytes, Call, Message, Outcome
 
 #: A machine that fails is made small within the time that a test has, so one failure at a time and
 #: no search for an explanation.
@@ -35,6 +36,7 @@ _PLAIN: dict[Any, st.SearchStrategy[Any]] = {
     str: _TEXTS,
     bytes: st.binary(max_size=50),
     Bytes: _BYTES,
+    Bytes | list[Bytes]: _BYTES | st.lists(_BYTES, max_size=3),
     Any: st.none() | st.booleans() | st.integers() | _TEXTS,
 }
 
@@ -42,6 +44,13 @@ _PLAIN: dict[Any, st.SearchStrategy[Any]] = {
 def messages() -> st.SearchStrategy[Message]:
     """All kinds, one as often as another."""
     return st.one_of([_messages(type(sample)) for sample in SAMPLES])
+
+
+def received(message: Message) -> Message:
+    """The message as it arrives: what was sent in pieces is in one."""
+    if isinstance(message, Call | Outcome) and isinstance(message.pickled, list):
+        return dataclasses.replace(message, pickled=b"".join(message.pickled))
+    return message
 
 
 def _messages(cls: type[Message]) -> st.SearchStrategy[Message]:

@@ -20,6 +20,7 @@ from celery.app.defaults import NAMESPACES
 from celery.result import AsyncResult
 
 from harness import marks
+from harness.network import Machine, wait_for_child
 
 #: A worker that is not ready after this long is stuck; a cold start takes 1 to 3 s on two cores.
 START_TIMEOUT = 45.0
@@ -92,6 +93,7 @@ class Worker:
         app: the client's end: an app with the same settings, for this process.
         name: Celery's name for this worker.
         pool: one of POOLS.
+        enter: what runs the command on another machine, with the main process as its one child.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Worker:
         app: Celery,
         name: str,
         pool: str,
+        enter: Sequence[str] = (),
     ) -> None:
         self.app = app
         #: One of `POOLS`.
@@ -123,7 +126,7 @@ class Worker:
         self._mark = env[marks.VARIABLE]
         self._output = _Output()
         self.process = subprocess.Popen(
-            command,
+            [*enter, *command],
             env=env,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -131,6 +134,8 @@ class Worker:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        #: The pid of the main process, as this machine has it.
+        self.pid = wait_for_child(self.process.pid) if enter else self.process.pid
         assert self.process.stdout is not None
         self._pidfd = os.pidfd_open(self.process.pid)
         self._follower = threading.Thread(
@@ -141,10 +146,6 @@ class Worker:
         )
         self._follower.start()
 
-    @property
-    def pid(self) -> int:
-        """The pid of the main process."""
-        return self.process.pid
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> AsyncResult:
         """Send the task `name` with these arguments."""
@@ -198,7 +199,8 @@ class Worker:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the main process."""
-        self.process.send_signal(number)
+        if self.process.poll() is None:
+            os.kill(self.pid, number)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> int:
         """Ask for a warm shutdown, wait, and return the exit code.
@@ -226,7 +228,7 @@ class Worker:
         Popen reaps it, here as everywhere: psutil would swallow the exit code.
         """
         self.was_killed = True
-        self.process.kill()
+        self.signal(signal.SIGKILL)
         return self.process.wait()
 
     def close(self) -> list[str]:
@@ -273,6 +275,7 @@ def start_worker(
     cwd: Path,
     loglevel: str = "INFO",
     args: Sequence[str] = (),
+    machine: Machine | None = None,
 ) -> Worker:
     """Start a worker for the app in `module`, which may be the path of a script that runs it.
 
@@ -280,7 +283,7 @@ def start_worker(
     """
     mark = f"worker-{os.urandom(6).hex()}"
     search_path = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    name = f"{mark}@localhost"
+    name = f"celery@{machine.name}" if machine else f"{mark}@localhost"
     options, _ = pool_arguments(pool)
     program = [module] if module.endswith(".py") else ["-m", "celery", "-A", module]
     command = [sys.executable, *program, "worker", "-n", name]
@@ -300,6 +303,7 @@ def start_worker(
         app=app,
         name=name,
         pool=pool,
+        enter=machine.enter if machine else (),
     )
 
 

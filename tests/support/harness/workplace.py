@@ -17,6 +17,7 @@ import pytest
 from celery import Celery
 
 from harness.app import Settings, close_app, make_app
+from harness.network import TEMPORARY, Machine
 from harness.services import delete_amqp_entities, delete_redis_keys
 from harness.worker import Worker, pool_arguments, start_worker
 
@@ -101,6 +102,7 @@ class Workplace:
         args: Sequence[str] = (),
         loglevel: str = "INFO",
         ready: bool = True,
+        machine: Machine | None = None,
     ) -> Worker:
         """Start a worker; $FOLDER is where it may write.
 
@@ -116,6 +118,7 @@ class Workplace:
             args: further options of `celery worker`.
             loglevel: from which on it logs.
             ready: whether to wait until it is.
+            machine: where it runs, if not on this one.
         """
         settings = self.settings(pool=pool, broker=broker, backend=backend, conf=conf)
         worker = start_worker(
@@ -125,7 +128,7 @@ class Workplace:
             app=app or self.app(settings),
             env={
                 **settings.environ(),
-                "TMPDIR": str(self.temporary),
+                "TMPDIR": str(TEMPORARY if machine else self.temporary),
                 "FOLDER": str(self.folder),
                 **(env or {}),
             },
@@ -133,6 +136,7 @@ class Workplace:
             cwd=self.folder,
             loglevel=loglevel,
             args=args,
+            machine=machine,
         )
         self.workers.append(worker)
         self._open.append(worker)

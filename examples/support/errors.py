@@ -1,6 +1,6 @@
-"""What can end a comparison early, each told in one line.
+"""What can end an example early, each told in one line.
 
-ComparisonError      exit code 1
+ExampleError         exit code 1
 ├── UsageError       exit code 2
 └── WorkerFailed     one line and the tail of the worker's log
 """
@@ -12,19 +12,19 @@ from pathlib import Path
 LOG_TAIL_LINES = 20
 
 
-class ComparisonError(Exception):
-    """The comparison cannot go on."""
+class ExampleError(Exception):
+    """The example cannot go on."""
 
     exit_code = 1
 
 
-class UsageError(ComparisonError):
-    """The options, or what is installed here, do not allow the comparison to start."""
+class UsageError(ExampleError):
+    """The options, or what is installed here, do not allow the example to start."""
 
     exit_code = 2
 
 
-class WorkerFailed(ComparisonError):
+class WorkerFailed(ExampleError):
     """A worker ended, or stopped answering, before its tasks were done."""
 
     def __init__(self, message: str, *, log: Path) -> None:

@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
-from rss_comparison.errors import WorkerFailed
-from rss_comparison.figures import Sample
-from rss_comparison.interruption import Interrupted
-from rss_comparison.options import Options, Variant
+from support import interruption, memory
+from support.connection import Client, Outcome
+from support.errors import WorkerFailed
+from support.interruption import Interrupted
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 
@@ -27,16 +28,17 @@ INTERRUPTED_GRACE = 4.0
 #: For the processes below a worker that has ended.
 ORPHAN_GRACE = 3.0
 
+#: How often it is looked whether there is an outcome, in seconds.
+LOOK_INTERVAL = 0.05
+#: Without an outcome for this long, the worker counts as hung.
+STALL_TIMEOUT = 180.0
 
-def command(variant: Variant, options: Options) -> list[str]:
+
+def command(app: str, *options: str) -> list[str]:
     """The worker's command line: what anybody would type, less the chatter among workers."""
-    line = [sys.executable, "-m", "celery", "-q", "-A", "rss_comparison.app", "worker"]
-    line += ["--hostname", f"{variant.name}@compare-rss", "--loglevel", "WARNING"]
-    line += ["--pool", options.pool, "--concurrency", str(options.concurrency)]
+    line = [sys.executable, "-m", "celery", "-q", "-A", app, "worker", "--loglevel", "WARNING"]
     line += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-    if variant.max_tasks_per_child is not None:
-        line += ["--max-tasks-per-child", str(variant.max_tasks_per_child)]
-    return line
+    return [*line, *options]
 
 
 class Worker:
@@ -123,19 +125,57 @@ class Worker:
         """An error to raise that says what the worker did and ends with the tail of its log."""
         return WorkerFailed(f"the worker of '{self._label}' {what}", log=self._log)
 
-    def sample(self) -> Sample:
+    def processes(self) -> list[psutil.Process]:
+        """The main process and all that are below it, now."""
+        return [self._main, *self._below()]
+
+    def sample(self) -> memory.Sample:
         """The RSS of the whole tree, now."""
-        sizes = [size for size in map(_rss, [self._main, *self._below()]) if size]
-        return Sample(time.monotonic(), sum(sizes), len(sizes))
+        return memory.sample(self.processes())
+
+    def pss(self) -> dict[int, int]:
+        """The PSS of each process of the tree, by pid, now."""
+        return memory.pss(self.processes())
 
     def holds(self, pid: int) -> bool:
         """Whether a process is one of the tree, now."""
-        return pid in (process.pid for process in [self._main, *self._below()])
+        return pid in (process.pid for process in self.processes())
 
+    def waiting(self, what: str) -> Iterator[None]:
+        """Yield again and again, for a loop that ends when it has found what it waits for.
 
-def _rss(process: psutil.Process) -> int:
-    """0 for a process that has exited, whether or not its parent knows yet."""
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+        Raises:
+            WorkerFailed: The worker has ended, or it took too long.
+        """
+        deadline = time.monotonic() + STALL_TIMEOUT
+        while time.monotonic() < deadline:
+            yield
+            interruption.check()
+            self.check()
+            time.sleep(LOOK_INTERVAL)
+        raise self.failure(f"gave no {what} for {STALL_TIMEOUT:.0f} s")
+
+    def outcomes(self, client: Client, calls: Iterable[str]) -> list[Outcome]:
+        """Wait for the outcomes of calls, which `client.send` has named."""
+        found = []
+        for call in calls:
+            for _ in self.waiting("outcome"):
+                if (outcome := client.outcome(call)) is not None:
+                    found.append(outcome)
+                    break
+        return found
+
+    def fail_early(self, client: Client, calls: Iterable[str]) -> None:
+        """See that none of the calls has failed yet."""
+        for outcome in map(client.outcome, calls):
+            if outcome is not None and not outcome.succeeded:
+                raise self.failure(f"failed a task: {outcome.result!r}")
+
+    def results(self, client: Client, calls: Iterable[str]) -> list[Any]:
+        """Wait for the results of calls, none of which may fail."""
+        found = []
+        for outcome in self.outcomes(client, calls):
+            if not outcome.succeeded:
+                raise self.failure(f"failed a task: {outcome.result!r}")
+            found.append(outcome.result)
+        return found

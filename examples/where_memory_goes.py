@@ -1,0 +1,543 @@
+#!/usr/bin/env python3
+"""Where memory goes when a task has freed it, and what gives it back: all of it measured.
+
+    python examples/where_memory_goes.py
+
+Two tables. The first has ways to use memory, each in a fresh process: what is resident at the
+peak, after the last reference has gone, after `gc.collect()` and then `malloc_trim(0)`; then the
+same with settings of the allocator, which have to stand before a process begins; and in a child
+that exits. The second has real Celery workers: plain, with `--max-tasks-per-child`, with
+`--max-memory-per-child`, and with an isolated task.
+
+`--json` prints the figures instead; `--write FILE` puts the tables into a page, where they are
+between `<!-- where_memory_goes: NAME -->` and `<!-- end -->`. No broker is needed: messages and
+results go through files in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import celery
+import psutil
+from rss_comparison import connection
+from rss_comparison.connection import Client, Connection
+from rss_comparison.figures import Sample
+from rss_comparison.worker import Worker
+
+MEGABYTE = 1_000_000
+JEMALLOC = "libjemalloc.so.2"
+
+#: What a process still holds when it is done: a cache, a registry, the state of a library.
+kept: list[Any] = []
+
+
+# ── ways to use memory ──────────────────────────────────────────────────────────────────────────
+# Each is called with a number of bytes and with what is to be called at the peak, and has let go of
+# all but what is in `kept` when it returns.
+
+Peak = Callable[[], None]
+
+
+def block(size: int) -> bytes:
+    """Bytes that are made when this is called, and written to."""
+    return b"x" * size
+
+
+def large(size: int, peak: Peak) -> None:
+    """one block"""
+    one = block(size)
+    peak()
+    del one
+
+
+def small(size: int, peak: Peak) -> None:
+    """objects of 400 bytes"""
+    objects = [bytes(400) for _ in range(size // 456)]
+    peak()
+    del objects
+
+
+def small_pinned(size: int, peak: Peak) -> None:
+    """objects of 400 bytes, one in 1,000 is kept"""
+    objects = [bytes(400) for _ in range(size // 456)]
+    peak()
+    kept[:] = objects[::1000]
+
+
+def blocks(size: int, peak: Peak) -> None:
+    """blocks of 4 KB"""
+    objects = [block(4000) for _ in range(size // 4056)]
+    peak()
+    del objects
+
+
+def blocks_pinned(size: int, peak: Peak) -> None:
+    """blocks of 4 KB, one in 100 is kept"""
+    objects = [block(4000) for _ in range(size // 4056)]
+    peak()
+    kept[:] = objects[::100]
+
+
+def several(size: int, peak: Peak) -> None:
+    """five blocks"""
+    objects = [block(size // 5) for _ in range(5)]
+    peak()
+    del objects
+
+
+def several_later(size: int, peak: Peak) -> None:
+    """five blocks, after a somewhat larger one was freed"""
+    # glibc's mmap threshold rises to the size of a block that is freed, its trim threshold to twice
+    # that (mallopt(3)).
+    larger = block(size // 5 + MEGABYTE)
+    del larger
+    several(size, peak)
+
+
+def threads(size: int, peak: Peak) -> None:
+    """the same, an eighth in each of eight threads, one after the other"""
+    turns = [threading.Event() for _ in range(8)]
+    done = [threading.Event() for _ in range(8)]
+    end = threading.Event()
+
+    def work(number: int) -> None:
+        turns[number].wait()
+        objects = [block(4000) for _ in range(size // 8 // 4040)]
+        if number == 7:
+            peak()
+        kept.append(objects[::100])
+        del objects
+        done[number].set()
+        # A thread that has ended leaves its arena to the next.
+        end.wait()
+
+    team = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in team:
+        thread.start()
+    for turn, finished in zip(turns, done, strict=True):
+        turn.set()
+        finished.wait()
+    end.set()
+    for thread in team:
+        thread.join()
+
+
+def cycles(size: int, peak: Peak) -> None:
+    """blocks that only cycles refer to"""
+    for _ in range(100):
+        one: dict[str, Any] = {"block": block(size // 100)}
+        one["self"] = one
+    del one
+    peak()
+
+
+def library(size: int, peak: Peak) -> None:
+    """pages in SQLite's cache, with the connection open"""
+    link = sqlite3.connect("")  # a temporary file of SQLite's own
+    kept.append(link)
+    link.execute(f"PRAGMA cache_size = -{size // 1000}")
+    link.execute("CREATE TABLE t (b BLOB)")
+    link.executemany("INSERT INTO t VALUES (?)", ((block(3500),) for _ in range(size // 4400)))
+    link.execute("SELECT sum(length(b)) FROM t").fetchone()
+    peak()
+
+
+WAYS = (
+    large,
+    small,
+    small_pinned,
+    blocks,
+    blocks_pinned,
+    threads,
+    several,
+    several_later,
+    cycles,
+    library,
+)
+
+#: Settings that have to stand before a process begins.
+SETTINGS: dict[str, dict[str, str]] = {
+    "MALLOC_ARENA_MAX=1": {"MALLOC_ARENA_MAX": "1"},
+    "MALLOC_TRIM_THRESHOLD_=131072": {"MALLOC_TRIM_THRESHOLD_": "131072"},
+    # At once what it does after some seconds by default.
+    "jemalloc": {"LD_PRELOAD": JEMALLOC, "MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0"},
+}
+
+
+# ── one process ─────────────────────────────────────────────────────────────────────────────────
+
+
+def resident() -> int:
+    """RSS of this process, exactly: the kernel's quick count is off by some pages."""
+    return int(psutil.Process().memory_full_info().rss)
+
+
+def trim() -> bool:
+    """Call malloc_trim(3); whether this libc has it."""
+    function = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if function is not None:
+        function(0)
+    return function is not None
+
+
+def in_this_process(way: Callable[[int, Peak], None], size: int) -> dict[str, int]:
+    """What is resident, above what was before, at each point."""
+    trim()  # loads what it takes
+    gc.collect()
+    before = resident()
+    found = {}
+
+    def peak() -> None:
+        found["peak"] = resident() - before
+
+    way(size, peak)
+    found["del"] = resident() - before
+    gc.collect()
+    found["gc.collect()"] = resident() - before
+    if trim():
+        found["malloc_trim(0)"] = resident() - before
+    return found
+
+
+def in_a_child(way: Callable[[int, Peak], None], size: int) -> int:
+    """What is resident here, above what was before, after a child has done it and has exited."""
+    before = resident()
+    pid = os.fork()
+    if pid == 0:
+        way(size, lambda: None)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return resident() - before
+
+
+def run_one(name: str, size: int) -> None:
+    way = next(way for way in WAYS if way.__name__ == name)
+    child = in_a_child(way, size)
+    print(json.dumps({**in_this_process(way, size), "a child that exits": child}))
+
+
+def free_lists() -> None:
+    """Have CPython print what its free lists hold, with as much in them as there is room for."""
+    floats = [float(number) for number in range(100_000)]
+    tuples = [(number, number) for number in range(100_000)]
+    lists = [[number] for number in range(100_000)]
+    dicts = [{number: number} for number in range(100_000)]
+    del floats, tuples, lists, dicts
+    sys._debugmallocstats()
+
+
+# ── many processes ──────────────────────────────────────────────────────────────────────────────
+
+
+def in_a_process(
+    arguments: Sequence[str], settings: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def has_jemalloc() -> bool:
+    # The loader says so on stderr where it cannot. dlopen(3) can never: too late for its TLS.
+    return not in_a_process(["--help"], SETTINGS["jemalloc"]).stderr
+
+
+def measure_way(way: Callable[[int, Peak], None], size: int) -> dict[str, Any]:
+    arguments = ["--one", way.__name__, "--bytes", str(size)]
+    found = json.loads(in_a_process(arguments, {}).stdout)
+    for name, settings in SETTINGS.items():
+        if name != "jemalloc" or has_jemalloc():
+            found[name] = json.loads(in_a_process(arguments, settings).stdout)["gc.collect()"]
+    return {"name": way.__name__, "label": way.__doc__, "bytes": found}
+
+
+def measure_free_lists() -> int:
+    """Bytes in all free lists of CPython's together."""
+    stats = in_a_process(["--free-lists"], {}).stderr
+    found = re.findall(r"(\d+) free .*? \* (\d+) bytes each", stats)
+    return sum(int(count) * int(size) for count, size in found)
+
+
+# ── workers ─────────────────────────────────────────────────────────────────────────────────────
+
+PINS, PEAKS, PINS_ISOLATED, PING = (
+    "where.pins",
+    "where.peaks",
+    "where.pins_isolated",
+    "where.ping",
+)
+
+#: For the outcome of one call, and for a worker to come to rest, in seconds.
+PATIENCE, REST = 60.0, 20.0
+#: It rests when for so long no process came or went, and RSS kept still by so many bytes.
+STILL_SECONDS, STILL_BYTES = 1.0, 2 * MEGABYTE
+
+
+@dataclass(frozen=True)
+class Case:
+    """One worker, and the task that it gets."""
+
+    name: str
+    label: str
+    task: str
+    options: tuple[str, ...] = ()
+    pool: str = "prefork"
+
+
+@dataclass
+class Figures:
+    """What a worker came to."""
+
+    calls: int
+    baseline_bytes: int = 0
+    peak_bytes: int = 0
+    kept_bytes: int = 0
+    #: In which bodies ran.
+    processes: int = 0
+    pids: set[int] = field(default_factory=set)
+
+
+def cases(size: int) -> list[Case]:
+    # A pool process of a bare app has some 50 MB; half of the peak is well above what it has left.
+    limit = f"--max-memory-per-child={(60 * MEGABYTE + size // 2) // 1024}"
+    return [
+        Case("plain", "plain task", PINS),
+        Case("one", "`--max-tasks-per-child=1`", PINS, ("--max-tasks-per-child=1",)),
+        Case("five", "`--max-tasks-per-child=5`", PINS, ("--max-tasks-per-child=5",)),
+        Case("memory", "`--max-memory-per-child`, above it", PINS, (limit,)),
+        Case("peak", "the same, with a task that gives all back", PEAKS, (limit,)),
+        Case(
+            "threads",
+            "`--max-tasks-per-child=1`, `--pool threads`",
+            PINS,
+            ("--max-tasks-per-child=1",),
+            pool="threads",
+        ),
+        Case("isolated", "`IsolatedTask`", PINS_ISOLATED),
+        Case("isolated-threads", "`IsolatedTask`, `--pool threads`", PINS_ISOLATED, pool="threads"),
+    ]
+
+
+if connection.VARIABLE in os.environ:
+    # In a worker: `celery -A where_memory_goes worker`.
+    from isolated_tasks import IsolatedTask
+
+    app = Connection.from_environment().app(outbox="inbox")
+
+    @app.task(name=PING)
+    def ping() -> None: ...
+
+    @app.task(name=PINS)
+    def pins(size: str) -> int:
+        small_pinned(int(size), lambda: None)
+        return os.getpid()
+
+    @app.task(name=PEAKS)
+    def peaks(size: str) -> int:
+        large(int(size), lambda: None)
+        return os.getpid()
+
+    app.task(name=PINS_ISOLATED, base=IsolatedTask, batch_idle_timeout=0.5)(pins.run)
+
+
+def measure_worker(case: Case, *, size: int, calls: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="where-memory-goes-") as folder:
+        link = Connection.create(Path(folder), broker=None, backend=None)
+        client = Client(link)
+        client.open()
+        line = [sys.executable, "-m", "celery", "-q", "-A", "where_memory_goes", "worker"]
+        line += ["--hostname", f"{case.name}@where-memory-goes", "--loglevel", "WARNING"]
+        line += ["--pool", case.pool, "--concurrency", "1", *case.options]
+        line += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        with Worker(
+            case.label, line=line, environment=link.environment(), folder=Path(folder)
+        ) as worker:
+            figures = _use(worker, client, case, size=size, calls=calls)
+    return {**asdict(case), **{k: v for k, v in asdict(figures).items() if k != "pids"}}
+
+
+def _use(worker: Worker, client: Client, case: Case, *, size: int, calls: int) -> Figures:
+    figures = Figures(calls)
+
+    def look() -> Sample:
+        worker.check()
+        sample = worker.sample()
+        figures.peak_bytes = max(figures.peak_bytes, sample.rss_bytes - figures.baseline_bytes)
+        return sample
+
+    def call(name: str, *arguments: str) -> Any:
+        task_id = client.send(name, *arguments)
+        deadline = time.monotonic() + PATIENCE
+        while (outcome := client.outcome(task_id)) is None:
+            look()
+            if time.monotonic() > deadline:
+                raise worker.failure(f"gave no outcome for {PATIENCE:.0f} s")
+            time.sleep(0.02)
+        if not outcome.succeeded:
+            raise worker.failure(f"failed a task: {outcome.result!r}")
+        return outcome.result
+
+    def rest(processes: int | None) -> Sample:
+        samples = [look()]
+        while samples[-1].at < samples[0].at + REST:
+            time.sleep(0.1)
+            samples.append(look())
+            recent = [one for one in samples if one.at > samples[-1].at - STILL_SECONDS]
+            sizes = [one.rss_bytes for one in recent]
+            if (
+                samples[-1].at > samples[0].at + STILL_SECONDS
+                and {one.processes for one in recent} == {processes or recent[0].processes}
+                and max(sizes) - min(sizes) < STILL_BYTES
+            ):
+                break
+        return samples[-1]
+
+    call(PING)
+    baseline = rest(None)
+    figures.baseline_bytes, figures.peak_bytes = baseline.rss_bytes, 0
+    for _ in range(calls):
+        figures.pids.add(call(case.task, str(size)))
+    figures.processes = len(figures.pids)
+    figures.kept_bytes = rest(baseline.processes).rss_bytes - figures.baseline_bytes
+    return figures
+
+
+# ── the tables ──────────────────────────────────────────────────────────────────────────────────
+
+
+def megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{max(0, round(size / MEGABYTE))}"
+
+
+def table_of_ways(found: dict[str, Any]) -> str:
+    columns = ["peak", "del", "gc.collect()", "malloc_trim(0)", *SETTINGS, "a child that exits"]
+    heads = [column if column in ("peak", "jemalloc") else f"`{column}`" for column in columns]
+    heads[-1] = columns[-1]
+    rows = [
+        [one["label"], *(megabytes(one["bytes"].get(column)) for column in columns)]
+        for one in found["ways"]
+    ]
+    return _table([f"{found['megabytes']} MB as", *heads], rows)
+
+
+def table_of_workers(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            one["label"],
+            megabytes(one["peak_bytes"]),
+            megabytes(one["kept_bytes"]),
+            f"{one['processes']} for {one['calls']} calls",
+        ]
+        for one in found["workers"]
+    ]
+    return _table(["worker", "peak", "kept", "processes"], rows)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe(found: dict[str, Any]) -> str:
+    return (
+        f"Python {found['python']}, {found['libc']}, Celery {found['celery']}. "
+        "After 100,000 floats, pairs, lists and dicts each, CPython's free lists held "
+        f"{found['free_lists_bytes'] // 1000} kB."
+    )
+
+
+def write(page: Path, found: dict[str, Any]) -> None:
+    """Put the tables where the page has them."""
+    text = page.read_text()
+    tables = {
+        "ways": table_of_ways(found),
+        "workers": table_of_workers(found),
+        "run": describe(found),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- where_memory_goes: {name} -->", "<!-- end -->"
+        text, count = re.subn(
+            f"{re.escape(begin)}.*?{end}",
+            lambda _: f"{begin}\n\n{table}\n\n{end}",  # noqa: B023  # called at once
+            text,
+            flags=re.DOTALL,
+        )
+        if not count:
+            raise SystemExit(f"{page} has no place for the table {name!r}")
+    page.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--megabytes", type=int, default=100, help="what each way uses at its peak")
+    parser.add_argument("--calls", type=int, default=6, help="of each worker's task")
+    parser.add_argument("--jobs", type=int, default=1, help="that are measured at the same time")
+    parser.add_argument("--json", action="store_true", help="print the figures, in bytes")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into a page")
+    # What the processes that it starts are told.
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--free-lists", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        run_one(options.one, options.bytes)
+    elif options.free_lists:
+        free_lists()
+    else:
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    size = options.megabytes * MEGABYTE
+    if not has_jemalloc():
+        note = f"jemalloc is left out: there is no {JEMALLOC} (Debian and Ubuntu: libjemalloc2)"
+        print(note, file=sys.stderr)
+    with ThreadPoolExecutor(options.jobs) as jobs:
+        ways = [jobs.submit(measure_way, way, size) for way in WAYS]
+        workers = [
+            jobs.submit(measure_worker, case, size=size, calls=options.calls)
+            for case in cases(size)
+        ]
+        found = {
+            "megabytes": options.megabytes,
+            "python": platform.python_version(),
+            "libc": " ".join(platform.libc_ver()),
+            "celery": celery.__version__,
+            "ways": [one.result() for one in ways],
+            "free_lists_bytes": measure_free_lists(),
+            "workers": [one.result() for one in workers],
+        }
+    if options.write:
+        write(options.write, found)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(table_of_ways(found), table_of_workers(found), describe(found), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

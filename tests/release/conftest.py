@@ -1,0 +1,1 @@
+"""What is released, and whether a newcomer gets along with it."""
