@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import celery
-from rss_comparison import connection
-from rss_comparison.connection import Client, Connection
-from rss_comparison.figures import Sample
-from rss_comparison.worker import Worker
 from ways_to_use_memory import WAYS, Way, large, small_pinned
+
+from support.connection import Client, Connection, make_app
+from support.memory import Sample
+from support.worker import Worker, command
 
 MEGABYTE = 1_000_000
 JEMALLOC = "libjemalloc.so.2"
@@ -151,11 +151,11 @@ def cases(size: int) -> list[Case]:
     ]
 
 
-if connection.VARIABLE in os.environ:
+if Connection.from_environment() is not None:
     # In a worker: `celery -A where_memory_goes worker`.
     from isolated_tasks import IsolatedTask
 
-    app = Connection.from_environment().app(outbox="inbox")
+    app = make_app()
 
     @app.task(name=PING)
     def ping() -> None: ...
@@ -175,13 +175,13 @@ if connection.VARIABLE in os.environ:
 
 def measure_worker(case: Case, *, size: int, calls: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="where-memory-goes-") as folder:
-        link = Connection.create(Path(folder), broker=None, backend=None)
+        link = Connection.create("where-memory-goes", Path(folder), broker=None, backend=None)
         client = Client(link)
         client.open()
-        line = [sys.executable, "-m", "celery", "-q", "-A", "where_memory_goes", "worker"]
-        line += ["--hostname", f"{case.name}@where-memory-goes", "--loglevel", "WARNING"]
-        line += ["--pool", case.pool, "--concurrency", "1", *case.options]
-        line += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        options = ["--pool", case.pool, "--concurrency", "1", *case.options]
+        line = command(
+            "where_memory_goes", "--hostname", f"{case.name}@where-memory-goes", *options
+        )
         with Worker(
             case.label, line=line, environment=link.environment(), folder=Path(folder)
         ) as worker:

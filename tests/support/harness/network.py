@@ -255,5 +255,3 @@ def seen_from_machines(url: str) -> str:
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     return parts._replace(netloc=f"{user}{at}{ADDRESS}:{parts.port}").geturl()
-
-
