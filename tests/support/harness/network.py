@@ -31,14 +31,16 @@ from harness.processes import PATIENCE
 #: Of the switch, where the servers are. The block is for documentation (RFC 5737): nobody's own.
 ADDRESS = "192.0.2.1"
 
-#: The temporary folder of each machine. One that is there on any system, and that no test uses here.
+DEFAULT_PORTS = {"amqp": 5672, "redis": 6379}
+
+#: The temporary folder of each machine: one that any system has, and that no test uses here.
 TEMPORARY = Path("/var/tmp")
 
 #: All that a machine has for itself. ``--mount-proc`` shows it its own processes.
 _OF_ITS_OWN = ("--net", "--uts", "--ipc", "--cgroup", "--mount", "--pid", "--fork", "--mount-proc")
 
 #: The first process of a machine: sets it up, and stays until its input ends; then the kernel kills
-#: all the others (pid_namespaces(7)). It has to reap orphans, which ignoring SIGCHLD does (wait(2)).
+#: all the others (pid_namespaces(7)). It has to reap orphans: ignoring SIGCHLD does so (wait(2)).
 _INIT = """
 set -e
 hostname "$1"
@@ -63,7 +65,7 @@ def skip_without_namespaces() -> None:
     """Skip the test where no machines can be made."""
     if os.geteuid() != 0:
         pytest.skip("only root may make network namespaces")
-    for program in ("ip", "unshare", "nsenter"):
+    for program in ("ip", "unshare", "nsenter", "setpriv"):
         if shutil.which(program) is None:
             pytest.skip(f"there is no program {program!r} (packages iproute2, util-linux)")
     probe = subprocess.run(
@@ -194,7 +196,7 @@ class Machine:
         ).stdout
 
     def unplug(self) -> None:
-        """Take it off the switch. Nobody is told: connections are as if the other side were slow."""
+        """Take it off the switch. Nobody is told: it is as if the other side were slow."""
         self._network.ip("link", "set", self.name, "down")
 
     def plug_in(self) -> None:
@@ -242,18 +244,36 @@ def wait_for_child(pid: int) -> int:
     return child
 
 
+def in_network_of_its_own(
+    *command: str, folder: Path, environ: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command as the first of a network that it may do with as it likes, as of /run.
+
+    Whatever it leaves goes with it, and it goes with this process.
+    """
+    setup = 'mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
+    unshare = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    return subprocess.run(
+        ["setpriv", "--pdeathsig", "KILL", *unshare, "sh", "-c", setup, "sh", *command],
+        cwd=folder,
+        env={**os.environ, **environ, "NETWORK_OF_ITS_OWN": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def server_of(url: str) -> tuple[str, int]:
     """Host and port of a service, as `Network` wants them."""
     parts = urlsplit(url)
     assert parts.hostname is not None
-    assert parts.port is not None
-    return parts.hostname, parts.port
+    return parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]
 
 
 def seen_from_machines(url: str) -> str:
     """The URL by which machines reach the same service, at the same port."""
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
-    return parts._replace(netloc=f"{user}{at}{ADDRESS}:{parts.port}").geturl()
-
-
+    _, port = server_of(url)
+    return parts._replace(netloc=f"{user}{at}{ADDRESS}:{port}").geturl()

@@ -146,7 +146,6 @@ class Worker:
         )
         self._follower.start()
 
-
     def call(self, name: str, *args: Any, **kwargs: Any) -> AsyncResult:
         """Send the task `name` with these arguments."""
         return self.app.send_task(name, args, kwargs)
