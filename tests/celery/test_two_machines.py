@@ -206,13 +206,12 @@ def cut_power(site: Site) -> None:
     assert len(processes) >= 2 + SLOTS + SLOTS
     site.machine.cut_power()
     assert [process for process in processes if marks.is_alive(process)] == []
-    site.machine.wait_disconnected()
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("broker", "end"),
-    [("amqp", kill_worker), ("amqp", cut_power), ("redis", cut_power)],
+    [("amqp", kill_worker), ("redis", cut_power)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_no_result_is_lost_with_a_machine(

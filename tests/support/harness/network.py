@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,7 +25,6 @@ import psutil
 import pytest
 
 from harness.leaks import SHARED_MEMORY
-from harness.processes import PATIENCE
 
 #: Of the switch, where the servers are. The block is for documentation (RFC 5737): nobody's own.
 ADDRESS = "192.0.2.1"
@@ -138,11 +136,6 @@ class Network:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return done.stdout
 
-    def links(self) -> set[str]:
-        """The machines that are connected, plugged in or not."""
-        lines = self.ip("-o", "link", "show", "type", "veth").splitlines()
-        return {line.split(": ")[1].partition("@")[0] for line in lines}
-
     def machine(self, name: str, *, folder: Path) -> "Machine":
         """A machine with this host name; see `Machine`."""
         self._machines += 1
@@ -208,6 +201,9 @@ class Machine:
         self.unplug()
         self.init.kill()
         self._holder.close()
+        # Its end of the cable goes too. Else the kernel keeps the namespace for minutes, until it
+        # has given up telling the servers that connections are closed.
+        self._network.ip("link", "delete", self.name)
 
     def processes(self) -> list[psutil.Process]:
         """All that run on it, zombies too, without the first one."""
@@ -223,15 +219,6 @@ class Machine:
         root = Path(f"/proc/{self.init.pid}/root")
         folders = [root / str(folder)[1:] for folder in (TEMPORARY, SHARED_MEMORY)]
         return [path for folder in folders for path in sorted(folder.rglob("*"))]
-
-    def wait_disconnected(self) -> None:
-        """Wait until the switch has forgotten a machine that is no more."""
-        # The kernel ends a namespace when it finds the time, and tells nobody.
-        tick = threading.Event()
-        deadline = time.monotonic() + PATIENCE
-        while self.name in self._network.links():
-            assert time.monotonic() < deadline
-            tick.wait(0.01)
 
 
 def wait_for_child(pid: int) -> int:
