@@ -69,6 +69,8 @@ CONF_OF: Mapping[str, Mapping[str, Any]] = {
             # How often workers look for messages beyond it; see `look_for_abandoned`.
             "unacked_restore_interval": 1,
             "unacked_restore_throttle": 1,
+            # Who looks has a lock meanwhile. One that goes just then would keep it for 300 s.
+            "unacked_mutex_expire": 5,
         }
     },
 }
