@@ -20,6 +20,7 @@ The package has two wings, and imports point down only (a test says so)::
     body        inside the child: rebuild task.request, run the body
     encoded     what comes back where nothing of a body's is to be unpickled
     byvalue     tasks that the forkserver cannot import
+    django      a Django project's set-up and connections, in forkserver and child
     profiles    memory profiles of calls: which, where, and around the body
     context     what code keeps around a task: context variables, tracing, bound log fields
     signals     our own signals, sent in the slot and in the child
