@@ -196,13 +196,16 @@ def _apps_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_left_alone(app: Celery) -> Iterator[None]:
-    # Celery's set-up would take the handlers of pytest from the root logger, or change its level.
-    before = app.log.already_setup
-    app.log.already_setup = True
+    # Celery's set-up would take the handlers of pytest from the root logger, change its level, and
+    # have warnings logged.
+    log, cls = app.log, type(app.log)
+    was_set_up = cls._setup
+    vars(log)["setup"] = lambda *arguments, **keywords: None
     try:
         yield
     finally:
-        app.log.already_setup = before
+        del vars(log)["setup"]
+        cls._setup = was_set_up
 
 
 def _check_count(option: str, value: object) -> None:
