@@ -43,7 +43,7 @@ def test_the_suite_of_a_project(project: pytest.Pytester) -> None:
 
     ran = project.runpytest_subprocess(*OPTIONS)
 
-    ran.assert_outcomes(passed=27)
+    ran.assert_outcomes(passed=28)
 
 
 def test_a_leak_fails_a_suite_with_all_that_one_has_to_know(project: pytest.Pytester) -> None:

@@ -45,6 +45,12 @@ def _state() -> list[Any]:
 # ── the worker ──────────────────────────────────────────────────────────────────────────────────
 
 
+def test_before_there_is_a_worker_the_app_has_no_backend() -> None:
+    # It must not be remembered.
+    assert leaky.pid.apply().get() == os.getpid()
+    assert type(leaky.app.backend).__name__ == "DisabledBackend"
+
+
 def test_a_worker_isolates(isolated_worker: Any, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("of.the.test").warning("seen")
     before = system.rss_bytes()
