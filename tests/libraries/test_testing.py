@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,15 @@ def test_a_worker_without_an_app_is_an_error_that_says_what_to_do(
 
     ran.assert_outcomes(errors=1)
     ran.stdout.fnmatch_lines(["*UsageError: isolated_worker: which app? Set isolated_app*"])
+
+
+def test_it_does_not_mind_having_been_imported_before_pytest_came(
+    project: pytest.Pytester,
+) -> None:
+    project.makepyfile("def test_it(): ...")
+    program = f"import isolated_tasks, pytest; pytest.main({['-W', 'error', *OPTIONS]!r})"
+
+    ran = project.run(sys.executable, "-c", program)
+
+    ran.assert_outcomes(passed=1)
+    assert "cannot be rewritten" not in ran.stdout.str() + ran.stderr.str()

@@ -66,6 +66,12 @@ def pid() -> int:
 
 
 @app.task(base=IsolatedTask)
+def forkserver() -> int:
+    print(os.getppid(), flush=True)
+    return os.getppid()
+
+
+@app.task(base=IsolatedTask)
 def takes(megabytes: int) -> list[int]:
     return [os.getpid(), len(bytearray(megabytes * MIB))]
 

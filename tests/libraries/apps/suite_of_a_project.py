@@ -81,12 +81,18 @@ def test_bodies_run_in_place(isolated_worker: Any) -> None:
 
 
 def test_bodies_run_in_place_for_a_while_and_measuring_does_not_mind_a_worker(
-    isolated_worker: Any, assert_no_growth: Check
+    isolated_worker: Any, assert_no_growth: Check, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with in_place():
         assert leaky.pid.delay().get(timeout=TIMEOUT) == os.getpid()
-    assert_no_growth(leaky.leaks_in_a_child, calls=10)
-    assert leaky.pid.delay().get(timeout=TIMEOUT) != os.getpid()
+    forkserver = leaky.forkserver.delay().get(timeout=TIMEOUT)
+    capfd.readouterr()
+    assert_no_growth(leaky.forkserver, calls=10, warm_up=0)
+
+    of_its_own = set(map(int, capfd.readouterr().out.split()))
+    assert len(of_its_own) == 1
+    assert forkserver not in of_its_own
+    assert leaky.forkserver.delay().get(timeout=TIMEOUT) == forkserver
 
 
 def test_a_worker_that_cannot_start_says_so() -> None:
