@@ -35,6 +35,9 @@ What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors``,
 ``isolated_tasks.prometheus.register`` are public; everything else may change. Names are loaded on
 first use (PEP 562), because the forkserver and a spawned child import this package too and must be
 free to do so without Celery.
+
+PYTEST_DONT_REWRITE: a package with a plugin of pytest is one whose assertions pytest rewrites; it
+warns where it comes too late, as when this module was imported before.
 """
 
 from __future__ import annotations
