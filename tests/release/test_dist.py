@@ -18,6 +18,7 @@ from pathlib import Path
 
 import celery
 import pytest
+import readme_renderer.markdown
 
 import isolated_tasks
 from harness.services import ServiceMissing, require
@@ -92,11 +93,25 @@ def test_the_metadata_is_what_pypi_wants(dist: Path) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_on_pypi_no_link_of_the_readme_is_relative(dist: Path) -> None:
+def _readme_in(dist: Path) -> str:
     with zipfile.ZipFile(_only(dist, "*.whl")) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
-        text = HeaderParser().parsestr(wheel.read(name).decode()).get_payload()
-    links = re.findall(r"\]\(([^)]+)\)", str(text))
+        return str(HeaderParser().parsestr(wheel.read(name).decode()).get_payload())
+
+
+def test_pypi_shows_the_readme_with_its_picture_its_tables_and_its_code(dist: Path) -> None:
+    page = readme_renderer.markdown.render(_readme_in(dist))
+
+    assert page is not None
+    assert page.count("<img ") == README.count("![")
+    assert page.count("<table>") == len(re.findall(r"^\|[-:|]+\|$", README, re.M))
+    assert page.count("<pre") == len(re.findall(r"^ *```\w", README, re.M))
+    assert "```" not in page
+    assert "skip:" not in page
+
+
+def test_on_pypi_no_link_of_the_readme_is_relative(dist: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", _readme_in(dist))
 
     assert len(links) > 20
     assert [link for link in links if not re.match(r"https?://|#", link)] == []

@@ -1,5 +1,6 @@
 """What stands in more than one place about versions, and the files that only GitHub reads."""
 
+import os
 import re
 import subprocess
 import sys
@@ -121,3 +122,16 @@ def test_the_version_stands_in_one_place() -> None:
 
     assert isolated_tasks.__version__ not in re.findall(r'^version = "(.*)"$', project, re.M)
     assert 'path = "isolated_tasks/__init__.py"' in project
+
+
+@pytest.mark.skipif(
+    os.environ.get("GITHUB_REF_TYPE") != "tag", reason="only where a tag is to be released"
+)
+def test_a_tag_is_the_version_with_a_date_and_the_addresses_are_of_its_repository() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    here = "{GITHUB_SERVER_URL}/{GITHUB_REPOSITORY}".format_map(os.environ)
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+
+    assert os.environ["GITHUB_REF_NAME"] == f"v{isolated_tasks.__version__}"
+    assert f'\nSource = "{here}"\n' in project
+    assert re.search(rf"^## \[{isolated_tasks.__version__}\] - \d{{4}}-", changelog, re.M)
