@@ -535,7 +535,7 @@ def _address(ask: Callable[[], object]) -> str:
         return ""
     if isinstance(address, tuple):
         return ":".join(map(str, address[:2]))
-    # A name in no file system begins with a NUL, and may have more of them (unix(7)); as ss does.
+    # A name in no file system has NULs in it (unix(7)); as `ss` shows it.
     return os.fsdecode(address).replace("\0", "@") if isinstance(address, str | bytes) else ""
 
 
