@@ -20,13 +20,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Folders are listed too: theirs is the time that changes when a file is deleted.
 SOURCES := $(shell find isolated_tasks -not -path '*__pycache__*' 2>/dev/null) README.md LICENSE
-CODE := isolated_tasks tests $(wildcard examples)
+CODE := isolated_tasks tests docs $(wildcard examples)
 
 MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults lint format coverage matrix interleavings bench bench-limits bench-lifeline bench-audit bench-top fuzz soak dist clean
+.PHONY: help demo test docs docs-links reference dist faults lint format coverage matrix interleavings \
+	bench bench-limits bench-lifeline bench-audit bench-top fork-safety memory fuzz soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 15
@@ -38,6 +39,17 @@ demo: $(VENV)/.examples-installed  ## measure a plain worker beside an isolated 
 
 test: lint  ## check the code, then run all tests on the installed wheel
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TESTS) $(ARGS)
+
+docs: $(VENV)/.docs-installed  ## build the documentation into build/docs; any warning is an error
+	$(BIN)/cog --check --diff -I docs/extensions docs/reference/*.md
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "The first page is here: $(CURDIR)/build/docs/index.html"
+
+docs-links: $(VENV)/.docs-installed  ## ask whether the addresses that the documentation names are there
+	$(BIN)/sphinx-build -W --keep-going -q -b linkcheck -d build/doctrees docs build/docs-links
+
+reference: $(VENV)/.docs-installed  ## write what the reference takes from the code anew
+	$(BIN)/cog -r -I docs/extensions docs/reference/*.md
 
 faults: $(VENV)/.test-installed  ## run all tests of faults, with what takes long or much memory
 	FULL_FAULTS=1 $(BIN)/pytest -m fault --timeout 900 -o faulthandler_timeout=890 $(TESTS) $(ARGS)
@@ -74,6 +86,12 @@ bench-audit: $(VENV)/.test-installed  ## measure what --memory-audit costs a pla
 
 bench-top: $(VENV)/.test-installed  ## measure what `celery isolated top` costs a worker
 	PYTHONPATH=tests/support $(BIN)/python tests/benchmarks/top.py $(ARGS)
+
+fork-safety: $(VENV)/.test-installed  ## try which libraries may be loaded, and used, in the forkserver
+	PYTHONPATH=$(CURDIR)/tests/support:$(CURDIR)/tests/benchmarks $(BIN)/python -m fork_safety $(ARGS)
+
+memory: $(VENV)/.test-installed  ## measure where freed memory stays, into the page on that
+	$(BIN)/python examples/where_memory_goes.py --write docs/explanation/where-memory-goes.md $(ARGS)
 
 fuzz: $(VENV)/.fuzz-installed  ## send 10 million inputs through the frame reader
 	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/frames.py $(ARGS)

@@ -23,8 +23,10 @@ extensions = [
 exclude_patterns = ["extensions", "inventories"]
 # A link that leads nowhere is an error, also one of a docstring's.
 nitpicky = True
-# What docstrings write in single backticks is a name of Python's, if it is one that is documented.
-default_role = None
+# What docstrings write in single backticks may be a name that is not public, so it is no link.
+default_role = "literal"
+# Its documentation has no inventory.
+nitpick_ignore = [("py:class", "prometheus_client.registry.CollectorRegistry")]
 
 html_theme = "furo"
 html_title = f"isolated_tasks {version}"

@@ -89,7 +89,7 @@ class UnpicklableError(IsolationError):
 
     fields = ("path", "type_name", "reason")
 
-    #: Where the object is, as an expression: ``args[1]["conn"]``, ``result.session``.
+    #: Where the object is, as an expression, such as ``args[1]["conn"]`` or ``result.session``.
     path: str
     #: The qualified name of its type.
     type_name: str
@@ -123,7 +123,7 @@ class _EndedChild:
     task_id: str | None
     #: The child's process id; None where it never became known.
     pid: int | None
-    #: The exit code: a status of 0 or more, or minus the signal; None where nobody could tell.
+    #: A status of 0 or more, or minus the signal; None where nobody could tell.
     exit_code: int | None
     #: The signal by name (``"SIGSEGV"``); None where there was none.
     signal: str | None
@@ -134,7 +134,7 @@ class _EndedChild:
     #: CPU time of the process and the children it waited for, in seconds; None where unknown.
     user_seconds: float | None
     system_seconds: float | None
-    #: What faulthandler wrote as the process ended: the Python frames of every thread.
+    #: The Python frames of every thread, which faulthandler wrote as the process ended.
     crash_traceback: str
     #: The last lines that the body wrote on stderr; empty where that is a terminal.
     stderr: str
@@ -158,7 +158,7 @@ class ChildLostError(IsolationError, _EndedChild):
 
     #: Whether the kernel's out-of-memory killer has killed it; None where nobody can tell.
     oom_killed: bool | None
-    #: How that is known: which control group's count has risen, from what to what; else empty.
+    #: Which control group's count has risen, from what to what, as evidence of that; else empty.
     oom_evidence: str
     #: Its ``memory_limit``, in bytes; None where it had none.
     memory_limit: int | None
