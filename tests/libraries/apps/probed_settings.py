@@ -3,10 +3,9 @@
 import os
 from typing import Any
 
+from harness.app import Settings
 from project.settings import *  # noqa: F403
 from project.settings import DATABASE, INSTALLED_APPS
-
-from harness.app import Settings
 
 for name, value in Settings.from_environ().celery_conf().items():
     globals()[f"CELERY_{name.upper()}"] = value

@@ -11,9 +11,9 @@ from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from django.conf import settings
 from django.db import connection, connections, transaction
+
 from documents.models import Document
 from documents.tasks import count_words
-
 from isolated_tasks import IsolatedMixin, IsolatedTask
 
 logger = logging.getLogger("documents.probes")
@@ -22,7 +22,6 @@ logger = logging.getLogger("documents.probes")
 for alias in settings.DATABASES:
     if "documents_document" in connections[alias].introspection.table_names():
         Document.objects.using(alias).exists()
-
 
 
 class ProjectTask(IsolatedMixin, DjangoTask):
