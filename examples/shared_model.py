@@ -159,8 +159,8 @@ class Sharing:
 
 def share(lab: Lab, options: argparse.Namespace) -> list[Sharing]:
     found = [
-        Sharing("plain", "plain task, each pool process loads it"),
-        Sharing("imported", "plain task, loaded before the pool is forked"),
+        Sharing("plain", "plain, each pool process loads it"),
+        Sharing("imported", "plain, loaded before the pool forks"),
         Sharing("isolated", "IsolatedTask, isolated_preload"),
     ]
     environment = {"SHARED_MODEL_MEGABYTES": str(options.megabytes)}
@@ -294,7 +294,7 @@ def show(sharing: list[Sharing], asking: list[Asking], options: argparse.Namespa
     second = Table(
         box=SIMPLE_HEAD,
         title=f"A model that must not be forked ({kind}), {options.calls} calls",
-        caption="seconds from the sending of the first call to the last outcome, for each call",
+        caption="seconds for each call, until the last has its outcome",
     )
     second.add_column("processes are")
     for heading in ("answers", "processes", "loads", "seconds"):
