@@ -10,8 +10,8 @@ os.environ["DJANGO_SETTINGS_MODULE"] = "probed_settings"
 django.setup()
 
 import django.apps  # noqa: E402
-from documents.models import Document  # noqa: E402 - needs the settings
 
+from documents.models import Document  # noqa: E402 - needs the settings
 from harness.app import make_app  # noqa: E402
 from isolated_tasks import IsolatedTask  # noqa: E402
 

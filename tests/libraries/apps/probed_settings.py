@@ -3,10 +3,9 @@
 import os
 from typing import Any
 
+from harness.app import Settings
 from project.settings import *  # noqa: F403
 from project.settings import DATABASE, INSTALLED_APPS
-
-from harness.app import Settings
 
 for name, value in Settings.from_environ().celery_conf().items():
     globals()[f"CELERY_{name.upper()}"] = value
@@ -27,7 +26,7 @@ DATABASES = {
     "for ever": variant(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=True),
 }
 if IS_POSTGRESQL:
-    DATABASES["pooled"] = variant(OPTIONS={"pool": {"min_size": 1, "max_size": 2}})
+    DATABASES["pooled"] = variant(OPTIONS={"pool": {"min_size": 1, "max_size": 1}})
 
 LOGGING = {
     "version": 1,

@@ -11,18 +11,18 @@ from celery import shared_task
 from celery.contrib.django.task import DjangoTask
 from django.conf import settings
 from django.db import connection, connections, transaction
+
 from documents.models import Document
 from documents.tasks import count_words
-
 from isolated_tasks import IsolatedMixin, IsolatedTask
 
 logger = logging.getLogger("documents.probes")
 
 # What code does that asks the database as it is imported, in worker, forkserver and client.
 for alias in settings.DATABASES:
-    if "documents_document" in connections[alias].introspection.table_names():
+    # Celery keeps a pool in the worker itself, but for prefork.
+    if alias != "pooled" and "documents_document" in connections[alias].introspection.table_names():
         Document.objects.using(alias).exists()
-
 
 
 class ProjectTask(IsolatedMixin, DjangoTask):
