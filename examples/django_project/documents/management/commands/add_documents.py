@@ -14,7 +14,7 @@ from documents.tasks import count_words
 PATIENCE = 30.0
 
 
-class Command(BaseCommand):  # type: ignore[misc]
+class Command(BaseCommand):
     """Stores all files in one transaction; with it, tasks are sent or none is."""
 
     help = __doc__
