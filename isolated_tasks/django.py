@@ -1,4 +1,4 @@
-"""A Django project in forkserver and child: set up before its code, with connections of its own.
+"""A Django project in forkserver and child: set up before its code, connections of one process.
 
 In a worker Celery's fixup does this on signals that a forkserver and a child never get. Two things
 are done otherwise here. A child serves one body at a time and nobody else, so its connections live
@@ -29,7 +29,7 @@ _ON_COMMIT = ("delay_on_commit", "apply_async_on_commit")
 
 
 def add_on_commit(cls: Any, app: Celery) -> None:
-    """Give a task ``delay_on_commit``, which it would have without ``base=`` in a project."""
+    """Give a task what Django projects have without ``base=``: ``delay_on_commit``."""
     if not _fixups(app):
         return
     module = importlib.import_module("celery.contrib.django.task")

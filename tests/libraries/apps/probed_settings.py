@@ -26,7 +26,7 @@ DATABASES = {
     "for ever": variant(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=True),
 }
 if IS_POSTGRESQL:
-    DATABASES["pooled"] = variant(OPTIONS={"pool": {"min_size": 1, "max_size": 2}})
+    DATABASES["pooled"] = variant(OPTIONS={"pool": {"min_size": 1, "max_size": 1}})
 
 LOGGING = {
     "version": 1,

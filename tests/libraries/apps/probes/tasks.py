@@ -20,7 +20,8 @@ logger = logging.getLogger("documents.probes")
 
 # What code does that asks the database as it is imported, in worker, forkserver and client.
 for alias in settings.DATABASES:
-    if "documents_document" in connections[alias].introspection.table_names():
+    # Celery keeps a pool in the worker itself, but for prefork.
+    if alias != "pooled" and "documents_document" in connections[alias].introspection.table_names():
         Document.objects.using(alias).exists()
 
 
