@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
-import cog
 from celery.bin.worker import worker
 from prometheus_client import CollectorRegistry
 from sphinx.pycode import ModuleAnalyzer
@@ -26,7 +25,14 @@ from isolated_tasks.process.child import ExitCode
 from isolated_tasks.process.usage import ExitReason, Usage
 
 
-def _comments(module: str, owner: str) -> dict[str, str]:
+def _out(text: str) -> None:
+    # There while cog runs a page, and not otherwise.
+    import cog
+
+    cog.outl(text)
+
+
+def comments(module: str, owner: str) -> dict[str, str]:
     """The ``#:`` comments of a class, by attribute, as Markdown."""
     found = ModuleAnalyzer.for_module(module).find_attr_docs()
     return {
@@ -42,10 +48,10 @@ def markdown(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    cog.outl("")
+    _out("")
     for row in [head, ["---"] * len(head), *rows]:
-        cog.outl(f"| {' | '.join(row)} |")
-    cog.outl("")
+        _out(f"| {' | '.join(row)} |")
+    _out("")
 
 
 def size(value: int) -> str:
@@ -65,7 +71,7 @@ def default_of(name: str, value: Any) -> str:
 
 def options() -> None:
     """Each option of a task: its setting, its default, and what its comment says."""
-    words = _comments("isolated_tasks.task", "IsolatedMixin")
+    words = comments("isolated_tasks.task", "IsolatedMixin")
     _table(
         ["option", "setting", "default", "meaning"],
         (
@@ -77,7 +83,7 @@ def options() -> None:
 
 def app_settings() -> None:
     """Each setting of an app that is no option of a task."""
-    words = _comments("isolated_tasks.settings", "WorkerSettings")
+    words = comments("isolated_tasks.settings", "WorkerSettings")
     rows = []
     for field in sorted(dataclasses.fields(settings.WorkerSettings), key=lambda field: field.name):
         name = f"isolated_{field.name}"
@@ -88,7 +94,7 @@ def app_settings() -> None:
 
 def usage_fields() -> None:
     """The fields of `Usage`."""
-    words = _comments("isolated_tasks.process.usage", "Usage")
+    words = comments("isolated_tasks.process.usage", "Usage")
     hints = {field.name: str(field.type) for field in dataclasses.fields(Usage)}
     rows = [[f"`{name}`", f"`{hints[name]}`".replace("|", "\\|"), words[name]] for name in hints]
     prop = Usage.cpu_seconds
@@ -102,20 +108,20 @@ def exit_reasons() -> None:
 
 
 def _enum(module: str, cls: type[enum.Enum], title: str) -> None:
-    words = _comments(module, cls.__name__)
+    words = comments(module, cls.__name__)
     _table([title, "meaning"], ([f"`{one.value}`", words[one.name]] for one in cls))
 
 
 def exit_codes() -> None:
     """The exit codes that a child has of its own."""
-    words = _comments("isolated_tasks.process.child", "ExitCode")
+    words = comments("isolated_tasks.process.child", "ExitCode")
     rows = ([f"`{int(code)}`", f"`{code.name}`", words[code.name]] for code in sorted(ExitCode))
     _table(["exit code", "name", "meaning"], rows)
 
 
 def isolated_event() -> None:
     """The fields of the event about a call, as they are sent."""
-    words = _comments("isolated_tasks.process.usage", "Usage")
+    words = comments("isolated_tasks.process.usage", "Usage")
     sample = Usage(
         *(1, 1, 1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1), "forkserver", 1, ExitReason.RETURNED, None
     )
@@ -161,9 +167,9 @@ def commands() -> None:
     for name in isolated.list_commands(context):
         command = isolated.get_command(context, name)
         assert command is not None
-        cog.outl(f"\n## celery isolated {name}\n\n{markdown(inspect.cleandoc(command.help or ''))}")
+        _out(f"\n## celery isolated {name}\n\n{markdown(inspect.cleandoc(command.help or ''))}")
         _table(["option", "meaning"], _options(command))
-    cog.outl("\n## celery worker\n\nHas one option more where this package is installed:")
+    _out("\n## celery worker\n\nHas one option more where this package is installed:")
     _table(["option", "meaning"], (row for row in _options(worker) if "--memory-audit" in row[0]))
 
 
@@ -181,7 +187,7 @@ def inspect_isolated() -> None:
     from isolated_tasks import remote
 
     text = inspect.cleandoc(remote.isolated.__doc__ or "").split("Returns:\n")[1]
-    cog.outl("\n" + markdown(inspect.cleandoc(text)) + "\n")
+    _out("\n" + markdown(inspect.cleandoc(text)) + "\n")
 
 
 def states() -> None:
@@ -192,7 +198,7 @@ def states() -> None:
 
 def diagram() -> None:
     """Each state with its ways out, as text."""
-    cog.outl("\n```text")
+    _out("\n```text")
     for state, ways in lifecycle.TRANSITIONS.items():
         by_target: dict[lifecycle.State, list[str]] = {}
         for event, target in ways.items():
@@ -200,21 +206,21 @@ def diagram() -> None:
         for number, (target, events) in enumerate(by_target.items()):
             left = state.value if number == 0 else ""
             to = "(stays)" if target is state else target.value
-            cog.outl(f"{left:8} ── {', '.join(events)} ──► {to}")
-    cog.outl("```\n")
+            _out(f"{left:8} ── {', '.join(events)} ──► {to}")
+    _out("```\n")
 
 
 def specification() -> None:
     """The docstring of the protocol."""
     text = inspect.cleandoc(protocol.__doc__ or "").split("\n\n", 1)[1]
-    cog.outl("\n```text\n" + text.replace("::\n", ":\n") + "\n```\n")
+    _out("\n```text\n" + text.replace("::\n", ":\n") + "\n```\n")
 
 
 def messages() -> None:
     """Each message with its fields."""
     for cls, kind in sorted(protocol._KIND_OF.items(), key=lambda item: item[1]):
-        words = _comments("isolated_tasks.process.protocol", cls.__name__)
-        cog.outl(f"\n### {cls.__name__}\n\nKind {int(kind)}. {markdown(cls.__doc__ or '')}")
+        words = comments("isolated_tasks.process.protocol", cls.__name__)
+        _out(f"\n### {cls.__name__}\n\nKind {int(kind)}. {markdown(cls.__doc__ or '')}")
         rows = [
             [f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), words.get(field.name, "")]
             for field in dataclasses.fields(cls)
