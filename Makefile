@@ -26,7 +26,8 @@ MATRIX_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MATRIX_CELERIES ?= 5.5.0 5.6.0 newest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs docs-links reference faults lint format coverage matrix interleavings bench bench-limits bench-lifeline bench-audit bench-top fuzz soak dist clean
+.PHONY: help demo test docs docs-links reference dist faults lint format coverage matrix interleavings \
+	bench bench-limits bench-lifeline bench-audit bench-top fork-safety memory fuzz soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 15
@@ -85,6 +86,12 @@ bench-audit: $(VENV)/.test-installed  ## measure what --memory-audit costs a pla
 
 bench-top: $(VENV)/.test-installed  ## measure what `celery isolated top` costs a worker
 	PYTHONPATH=tests/support $(BIN)/python tests/benchmarks/top.py $(ARGS)
+
+fork-safety: $(VENV)/.test-installed  ## try which libraries may be loaded, and used, in the forkserver
+	PYTHONPATH=$(CURDIR)/tests/support:$(CURDIR)/tests/benchmarks $(BIN)/python -m fork_safety $(ARGS)
+
+memory: $(VENV)/.test-installed  ## measure where freed memory stays, into the page on that
+	$(BIN)/python examples/where_memory_goes.py --write docs/explanation/where-memory-goes.md $(ARGS)
 
 fuzz: $(VENV)/.fuzz-installed  ## send 10 million inputs through the frame reader
 	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/frames.py $(ARGS)

@@ -17,161 +17,33 @@ results go through files in a temporary folder.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
+import functools
 import json
 import os
 import platform
 import re
-import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import celery
-import psutil
-from rss_comparison import connection
-from rss_comparison.connection import Client, Connection
-from rss_comparison.figures import Sample
-from rss_comparison.worker import Worker
+from ways_to_use_memory import WAYS, Way, large, small_pinned
+
+from support.connection import Client, Connection, make_app
+from support.memory import Sample
+from support.worker import Worker, command
 
 MEGABYTE = 1_000_000
 JEMALLOC = "libjemalloc.so.2"
 
-#: What a process still holds when it is done: a cache, a registry, the state of a library.
-kept: list[Any] = []
-
-
-# ── ways to use memory ──────────────────────────────────────────────────────────────────────────
-# Each is called with a number of bytes and with what is to be called at the peak, and has let go of
-# all but what is in `kept` when it returns.
-
-Peak = Callable[[], None]
-
-
-def block(size: int) -> bytes:
-    """Bytes that are made when this is called, and written to."""
-    return b"x" * size
-
-
-def large(size: int, peak: Peak) -> None:
-    """one block"""
-    one = block(size)
-    peak()
-    del one
-
-
-def small(size: int, peak: Peak) -> None:
-    """objects of 400 bytes"""
-    objects = [bytes(400) for _ in range(size // 456)]
-    peak()
-    del objects
-
-
-def small_pinned(size: int, peak: Peak) -> None:
-    """objects of 400 bytes, one in 1,000 is kept"""
-    objects = [bytes(400) for _ in range(size // 456)]
-    peak()
-    kept[:] = objects[::1000]
-
-
-def blocks(size: int, peak: Peak) -> None:
-    """blocks of 4 KB"""
-    objects = [block(4000) for _ in range(size // 4056)]
-    peak()
-    del objects
-
-
-def blocks_pinned(size: int, peak: Peak) -> None:
-    """blocks of 4 KB, one in 100 is kept"""
-    objects = [block(4000) for _ in range(size // 4056)]
-    peak()
-    kept[:] = objects[::100]
-
-
-def several(size: int, peak: Peak) -> None:
-    """five blocks"""
-    objects = [block(size // 5) for _ in range(5)]
-    peak()
-    del objects
-
-
-def several_later(size: int, peak: Peak) -> None:
-    """five blocks, after a somewhat larger one was freed"""
-    # glibc's mmap threshold rises to the size of a block that is freed, its trim threshold to twice
-    # that (mallopt(3)).
-    larger = block(size // 5 + MEGABYTE)
-    del larger
-    several(size, peak)
-
-
-def threads(size: int, peak: Peak) -> None:
-    """the same, an eighth in each of eight threads, one after the other"""
-    turns = [threading.Event() for _ in range(8)]
-    done = [threading.Event() for _ in range(8)]
-    end = threading.Event()
-
-    def work(number: int) -> None:
-        turns[number].wait()
-        objects = [block(4000) for _ in range(size // 8 // 4040)]
-        if number == 7:
-            peak()
-        kept.append(objects[::100])
-        del objects
-        done[number].set()
-        # A thread that has ended leaves its arena to the next.
-        end.wait()
-
-    team = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in team:
-        thread.start()
-    for turn, finished in zip(turns, done, strict=True):
-        turn.set()
-        finished.wait()
-    end.set()
-    for thread in team:
-        thread.join()
-
-
-def cycles(size: int, peak: Peak) -> None:
-    """blocks that only cycles refer to"""
-    for _ in range(100):
-        one: dict[str, Any] = {"block": block(size // 100)}
-        one["self"] = one
-    del one
-    peak()
-
-
-def library(size: int, peak: Peak) -> None:
-    """pages in SQLite's cache, with the connection open"""
-    link = sqlite3.connect("")  # a temporary file of SQLite's own
-    kept.append(link)
-    link.execute(f"PRAGMA cache_size = -{size // 1000}")
-    link.execute("CREATE TABLE t (b BLOB)")
-    link.executemany("INSERT INTO t VALUES (?)", ((block(3500),) for _ in range(size // 4400)))
-    link.execute("SELECT sum(length(b)) FROM t").fetchone()
-    peak()
-
-
-WAYS = (
-    large,
-    small,
-    small_pinned,
-    blocks,
-    blocks_pinned,
-    threads,
-    several,
-    several_later,
-    cycles,
-    library,
-)
+#: Runs one way to use memory.
+PROGRAM = Path(__file__).with_name("ways_to_use_memory.py")
 
 #: Settings that have to stand before a process begins.
 SETTINGS: dict[str, dict[str, str]] = {
@@ -182,68 +54,6 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
-# ── one process ─────────────────────────────────────────────────────────────────────────────────
-
-
-def resident() -> int:
-    """RSS of this process, exactly: the kernel's quick count is off by some pages."""
-    return int(psutil.Process().memory_full_info().rss)
-
-
-def trim() -> bool:
-    """Call malloc_trim(3); whether this libc has it."""
-    function = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if function is not None:
-        function(0)
-    return function is not None
-
-
-def in_this_process(way: Callable[[int, Peak], None], size: int) -> dict[str, int]:
-    """What is resident, above what was before, at each point."""
-    trim()  # loads what it takes
-    gc.collect()
-    before = resident()
-    found = {}
-
-    def peak() -> None:
-        found["peak"] = resident() - before
-
-    way(size, peak)
-    found["del"] = resident() - before
-    gc.collect()
-    found["gc.collect()"] = resident() - before
-    if trim():
-        found["malloc_trim(0)"] = resident() - before
-    return found
-
-
-def in_a_child(way: Callable[[int, Peak], None], size: int) -> int:
-    """What is resident here, above what was before, after a child has done it and has exited."""
-    before = resident()
-    pid = os.fork()
-    if pid == 0:
-        way(size, lambda: None)
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return resident() - before
-
-
-def run_one(name: str, size: int) -> None:
-    way = next(way for way in WAYS if way.__name__ == name)
-    child = in_a_child(way, size)
-    print(json.dumps({**in_this_process(way, size), "a child that exits": child}))
-
-
-def free_lists() -> None:
-    """Have CPython print what its free lists hold, with as much in them as there is room for."""
-    floats = [float(number) for number in range(100_000)]
-    tuples = [(number, number) for number in range(100_000)]
-    lists = [[number] for number in range(100_000)]
-    dicts = [{number: number} for number in range(100_000)]
-    del floats, tuples, lists, dicts
-    sys._debugmallocstats()
-
-
 # ── many processes ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -251,7 +61,7 @@ def in_a_process(
     arguments: Sequence[str], settings: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, __file__, *arguments],
+        [sys.executable, str(PROGRAM), *arguments],
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
@@ -259,13 +69,14 @@ def in_a_process(
     )
 
 
+@functools.cache
 def has_jemalloc() -> bool:
     # The loader says so on stderr where it cannot. dlopen(3) can never: too late for its TLS.
-    return not in_a_process(["--help"], SETTINGS["jemalloc"]).stderr
+    return not in_a_process(["large", "0"], SETTINGS["jemalloc"]).stderr
 
 
-def measure_way(way: Callable[[int, Peak], None], size: int) -> dict[str, Any]:
-    arguments = ["--one", way.__name__, "--bytes", str(size)]
+def measure_way(way: Way, size: int) -> dict[str, Any]:
+    arguments = [way.__name__, str(size)]
     found = json.loads(in_a_process(arguments, {}).stdout)
     for name, settings in SETTINGS.items():
         if name != "jemalloc" or has_jemalloc():
@@ -340,11 +151,11 @@ def cases(size: int) -> list[Case]:
     ]
 
 
-if connection.VARIABLE in os.environ:
+if Connection.from_environment() is not None:
     # In a worker: `celery -A where_memory_goes worker`.
     from isolated_tasks import IsolatedTask
 
-    app = Connection.from_environment().app(outbox="inbox")
+    app = make_app()
 
     @app.task(name=PING)
     def ping() -> None: ...
@@ -364,13 +175,13 @@ if connection.VARIABLE in os.environ:
 
 def measure_worker(case: Case, *, size: int, calls: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="where-memory-goes-") as folder:
-        link = Connection.create(Path(folder), broker=None, backend=None)
+        link = Connection.create("where-memory-goes", Path(folder), broker=None, backend=None)
         client = Client(link)
         client.open()
-        line = [sys.executable, "-m", "celery", "-q", "-A", "where_memory_goes", "worker"]
-        line += ["--hostname", f"{case.name}@where-memory-goes", "--loglevel", "WARNING"]
-        line += ["--pool", case.pool, "--concurrency", "1", *case.options]
-        line += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        options = ["--pool", case.pool, "--concurrency", "1", *case.options]
+        line = command(
+            "where_memory_goes", "--hostname", f"{case.name}@where-memory-goes", *options
+        )
         with Worker(
             case.label, line=line, environment=link.environment(), folder=Path(folder)
         ) as worker:
@@ -498,20 +309,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="that are measured at the same time")
     parser.add_argument("--json", action="store_true", help="print the figures, in bytes")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into a page")
-    # What the processes that it starts are told.
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--free-lists", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        run_one(options.one, options.bytes)
-    elif options.free_lists:
-        free_lists()
-    else:
-        measure(options)
-
-
-def measure(options: argparse.Namespace) -> None:
     size = options.megabytes * MEGABYTE
     if not has_jemalloc():
         note = f"jemalloc is left out: there is no {JEMALLOC} (Debian and Ubuntu: libjemalloc2)"

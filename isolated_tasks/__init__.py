@@ -20,6 +20,7 @@ The package has two wings, and imports point down only (a test says so)::
     body        inside the child: rebuild task.request, run the body
     encoded     what comes back where nothing of a body's is to be unpickled
     byvalue     tasks that the forkserver cannot import
+    django      a Django project's set-up and connections, in forkserver and child
     profiles    memory profiles of calls: which, where, and around the body
     context     what code keeps around a task: context variables, tracing, bound log fields
     signals     our own signals, sent in the slot and in the child
@@ -34,6 +35,9 @@ What is exported here, the ``isolated_*`` settings, ``isolated_tasks.errors``,
 ``isolated_tasks.prometheus.register`` are public; everything else may change. Names are loaded on
 first use (PEP 562), because the forkserver and a spawned child import this package too and must be
 free to do so without Celery.
+
+PYTEST_DONT_REWRITE: a package with a plugin of pytest is one whose assertions pytest rewrites; it
+warns where it comes too late, as when this module was imported before.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from celery.exceptions import Retry, SoftTimeLimitExceeded
 from celery.result import result_from_tuple
 from celery.utils.saferepr import saferepr
 
-from isolated_tasks import byvalue, context, encoded, profiles, settings
+from isolated_tasks import byvalue, context, django, encoded, profiles, settings
 from isolated_tasks import signals as own_signals
 from isolated_tasks.errors import ForkserverError
 from isolated_tasks.process import board, limits, pickling
@@ -110,7 +110,14 @@ def load_app(argument: bytes) -> Callable[[], None]:
         # Without importing its tasks: that is what fails. They come by value.
         _adopt(_rebuild(description["parts"]), description, import_tasks=False)
         raise
-    return functools.partial(_prepare_logging, description["logs"])
+    return functools.partial(_finish_loading, description["logs"])
+
+
+def _finish_loading(logs: Logs | None) -> None:
+    if _app is not None:
+        # What a preload has opened; what the app has is closed already.
+        django.close_connections(_app)
+    _prepare_logging(logs)
 
 
 def _import(location: str | None) -> Celery | None:
@@ -130,6 +137,13 @@ def _rebuild(parts: bytes) -> Celery:
 def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = True) -> None:
     global _app
     _app = app
+    try:
+        # Before the settings, which may be of classes whose modules import models; and also where
+        # tasks are not imported, since by value they come with models as well.
+        django.set_up(app)
+    except Exception:
+        if import_tasks:
+            raise
     app.conf.update(
         {name: pickling.from_bytes(value) for name, value in description["changes"].items()}
     )
@@ -146,6 +160,8 @@ def _adopt(app: Celery, description: dict[str, Any], *, import_tasks: bool = Tru
     # it is first used; once here is cheaper than in each child. Neither opens anything.
     _ = app.log
     importlib.import_module(app.amqp_cls.partition(":")[0])
+    # As a worker does when it starts: an AppConfig's ready(), a check, a module may have connected.
+    django.close_connections(app)
 
 
 def _consumed(app: Celery) -> list[str] | None:
@@ -349,17 +365,12 @@ def _retried(exc: Retry) -> tuple[bytes | None, bool]:
 def _surroundings(task: Any, call: BodyCall, args: Sequence[Any]) -> Iterator[None]:
     """What code keeps around a task, here as it stands in the slot."""
     arguments = {"task_id": call.task_id, "args": args, "kwargs": call.kwargs}
-    fixups = _worker_fixups(task.app)
-    with context.restored(call.carried) as carried:
-        for fixup in fixups:
-            fixup.on_task_prerun(sender=task)
+    with context.restored(call.carried) as carried, django.around_body(task.app):
         own_signals.isolated_prerun.send(sender=task, carried=carried, **arguments)
         try:
             yield
         finally:
             own_signals.isolated_postrun.send(sender=task, carried=carried, **arguments)
-            for fixup in fixups:
-                fixup.on_task_postrun(sender=task)
 
 
 # ── what Celery looks at after the body ─────────────────────────────────────────────────────────
@@ -455,10 +466,7 @@ def _become_worker_process(app: Celery, call: BodyCall) -> None:
     app.loader.init_worker_process()
     if call.logs is not None:
         _set_up_logging(app, call.logs)
-    for fixup in _worker_fixups(app):
-        # Django's: what a connection of the forkserver's would be to all its children, were it not
-        # dropped here, without a word to its server.
-        fixup.on_worker_process_init()
+    django.become_process(app)
     hostname = call.logs.hostname if call.logs is not None else None
     if _sends_signals:
         signals.worker_process_init.send(sender=hostname)
@@ -474,12 +482,9 @@ def _end_worker_process(pid: int, hostname: str | None) -> None:
     if _sends_signals:
         signals.worker_process_shutdown.send(sender=hostname, pid=pid, exitcode=0)
     own_signals.isolated_process_shutdown.send(sender=None)
+    if _app is not None:
+        django.close_connections(_app)
     context.flush(FLUSH_SECONDS)
-
-
-def _worker_fixups(app: Celery) -> list[Any]:
-    """What Celery has for Django in a worker: it cares for the connections of a process."""
-    return [fixup.worker_fixup for fixup in app._fixups if hasattr(fixup, "worker_fixup")]
 
 
 @dataclass(frozen=True)

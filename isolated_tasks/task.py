@@ -13,7 +13,7 @@ from celery.app.task import Context, Task
 from celery.backends.base import Backend
 from celery.utils.imports import symbol_by_name
 
-from isolated_tasks import requester, settings
+from isolated_tasks import django, requester, settings
 from isolated_tasks.calls import MAPPERS, isolate
 from isolated_tasks.errors import OptionError
 from isolated_tasks.process import child
@@ -133,6 +133,7 @@ class IsolatedMixin:
         app.steps["worker"].add("isolated_tasks.worker:IsolationStep")
         app.steps["worker"].add("isolated_tasks.audit:MemoryAuditStep")
         _refuse_batches(cls)
+        django.add_on_commit(cls, app)
         if cls.Request != IsolatedMixin.Request:
             cls.Request = _our_request(cls.Request)
         if cls.name:

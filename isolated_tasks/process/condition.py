@@ -27,9 +27,10 @@ _LIMITS = {
     for name in ("AS", "CORE", "DATA", "FSIZE", "MEMLOCK", "NOFILE", "NPROC", "STACK")
 }
 
-#: Packages whose threads may stay: each has one, which it starts when there is first something to
-#: report, and whose end would lose that. A body of another call may be what it reports next.
-_REPORTERS = frozenset({"logging", "loguru", "opentelemetry", "sentry_sdk"})
+#: Packages whose threads may stay. Most have one, which they start when there is first something to
+#: report, and whose end would lose that; a body of another call may be what it reports next. Those
+#: of a pool of connections look after the pool, which is the batch's.
+_HARMLESS = frozenset({"logging", "loguru", "opentelemetry", "psycopg_pool", "sentry_sdk"})
 
 #: Not those of real time, whose handlers a look at would cost more than all else together.
 _SIGNALS = sorted(number for number in map(int, signal.valid_signals()) if number < 32)
@@ -81,7 +82,7 @@ class Condition:
             return []
         found = []
         threads = sorted(
-            thread.name for thread in later.threads - self.threads if not _is_reporter(thread)
+            thread.name for thread in later.threads - self.threads if not _is_harmless(thread)
         )
         if threads:
             found.append(f"{len(threads)} thread(s) ({', '.join(threads)})")
@@ -108,10 +109,10 @@ class Condition:
         return found
 
 
-def _is_reporter(thread: threading.Thread) -> bool:
+def _is_harmless(thread: threading.Thread) -> bool:
     # It has a target unless its class has a run() of its own.
     module = getattr(getattr(thread, "_target", None), "__module__", None)
-    return str(module or type(thread).__module__).partition(".")[0] in _REPORTERS
+    return str(module or type(thread).__module__).partition(".")[0] in _HARMLESS
 
 
 def _names(before: Condition, after: Condition) -> str:

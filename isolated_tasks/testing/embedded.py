@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from celery import _state
@@ -94,7 +94,8 @@ def start_worker(
     with (
         _apps_kept(),
         _logging_left_alone(app),
-        changed(app, **_test_settings(app)),
+        changed(app, **(wanted := _test_settings(app))),
+        _connected_anew(app, wanted),
         databases.carried(app),
         contrib.start_worker(
             app,
@@ -153,7 +154,7 @@ def _test_settings(app: Celery) -> dict[str, Any]:
     conf = app.conf
     wanted: dict[str, Any] = {"task_always_eager": False}
     if not (conf.broker_url or conf.broker_read_url or conf.broker_write_url):
-        wanted["broker_url"] = "memory://"
+        wanted["broker_url"] = "memory://localhost//"
     if not conf.result_backend:
         wanted["result_backend"] = "cache+memory://"
     broker = str(wanted.get("broker_url", conf.broker_url or ""))
@@ -185,6 +186,29 @@ def changed(app: Celery, **values: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _connected_anew(app: Celery, wanted: Mapping[str, Any]) -> Iterator[None]:
+    """Have the app forget, for a while, the backend and the pools that other settings made."""
+    if "result_backend" in wanted:
+        shared, own = app._backend_cache, getattr(app._local, "backend", None)
+        app._backend_cache = app._local.backend = None
+    if "broker_url" in wanted:
+        _forget_pools(app)
+    try:
+        yield
+    finally:
+        if "result_backend" in wanted:
+            app._backend_cache, app._local.backend = shared, own
+        if "broker_url" in wanted:
+            _forget_pools(app)
+
+
+def _forget_pools(app: Celery) -> None:
+    # As Celery does after a fork: they are kept by URL elsewhere.
+    app._pool = None
+    app.amqp._producer_pool = None
+
+
+@contextlib.contextmanager
 def _apps_kept() -> Iterator[None]:
     current, default = _state._tls.current_app, _state.default_app
     try:
@@ -196,13 +220,16 @@ def _apps_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_left_alone(app: Celery) -> Iterator[None]:
-    # Celery's set-up would take the handlers of pytest from the root logger, or change its level.
-    before = app.log.already_setup
-    app.log.already_setup = True
+    # Celery's set-up would take the handlers of pytest from the root logger, change its level, and
+    # have warnings logged.
+    log, cls = app.log, type(app.log)
+    was_set_up = cls._setup
+    vars(log)["setup"] = lambda *arguments, **keywords: None
     try:
         yield
     finally:
-        app.log.already_setup = before
+        del vars(log)["setup"]
+        cls._setup = was_set_up
 
 
 def _check_count(option: str, value: object) -> None:

@@ -116,6 +116,7 @@ def assert_no_growth(
         IsolationError: The process was lost.
         TimeoutError: It took too long.
     """
+    __tracebackhide__ = True
     # Before anything is run.
     allowed = settings.size_bytes(_name_of(task), "limit", limit)
     growth = measure_growth(

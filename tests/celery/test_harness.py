@@ -1,5 +1,6 @@
 """The harness of these tests, shown to work with plain Celery tasks."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,11 @@ def test_settings_reach_the_worker(worker: StartWorker) -> None:
     assert [reply["worker_prefetch_multiplier"] for reply in replies.values()] == [7]
 
 
+def started_by(process: "subprocess.Popen[str]") -> set[int]:
+    assert process.stdout is not None
+    return {int(pid) for pid in process.stdout.readline().split()}
+
+
 def test_machines_do_not_touch_this_one_and_go_with_who_made_them(tmp_path: Path) -> None:
     skip_without_namespaces()
     interfaces = psutil.net_if_addrs().keys()
@@ -121,9 +127,7 @@ def test_machines_do_not_touch_this_one_and_go_with_who_made_them(tmp_path: Path
         program("harness.networked", str(tmp_path)) as one,
         program("harness.networked", str(tmp_path)) as other,
     ):
-        assert one.stdout is not None
-        assert other.stdout is not None
-        pids = [{int(pid) for pid in each.stdout.readline().split()} for each in (one, other)]
+        pids = [started_by(one), started_by(other)]
         assert psutil.net_if_addrs().keys() == interfaces
         everything = set.union(*pids)
         # Switch and forwarder; of each machine: who waits for it, its first process, who waits for
