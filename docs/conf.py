@@ -5,6 +5,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+
 import isolated_tasks
 
 HERE = Path(__file__).parent
@@ -25,8 +27,13 @@ exclude_patterns = ["extensions", "inventories"]
 nitpicky = True
 # What docstrings write in single backticks may be a name that is not public, so it is no link.
 default_role = "literal"
-# Its documentation has no inventory.
-nitpick_ignore = [("py:class", "prometheus_client.registry.CollectorRegistry")]
+nitpick_ignore = [
+    # Its documentation has no inventory.
+    ("py:class", "prometheus_client.registry.CollectorRegistry"),
+    # Celery has no types, so the package imports these for annotations alone, and Sphinx does not.
+    ("py:class", "Celery"),
+    ("py:class", "Task"),
+]
 
 html_theme = "furo"
 html_title = f"isolated_tasks {version}"
@@ -41,6 +48,13 @@ autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# It takes what stands before a colon in an attribute's comment for a type, and here it never is.
+GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end  # type: ignore[method-assign]
+# As annotations have them.
+autodoc_type_aliases = {
+    "Mapping": "collections.abc.Mapping",
+    "Sequence": "collections.abc.Sequence",
+}
 
 
 # ── other projects ──────────────────────────────────────────────────────────────────────────────

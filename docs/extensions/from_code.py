@@ -6,6 +6,7 @@ below. `make reference` writes the pages anew; the tests refuse one that is not 
 The words of tables are comments (``#:``) and docstrings of the code.
 """
 
+import ast
 import dataclasses
 import enum
 import inspect
@@ -227,3 +228,16 @@ def messages() -> None:
         ]
         if rows:
             _table(["field", "type", "meaning"], rows)
+
+
+def fixtures() -> None:
+    """The fixtures of the testing aid, with the first line of their docstrings."""
+    from isolated_tasks.testing import plugin
+
+    functions = ast.parse(inspect.getsource(plugin)).body
+    words = {
+        function.name: (ast.get_docstring(function) or "").splitlines()[0]
+        for function in functions
+        if isinstance(function, ast.FunctionDef) and function.name in plugin.__all__
+    }
+    _table(["fixture", "what"], ([f"`{name}`", markdown(words[name])] for name in plugin.__all__))

@@ -1,16 +1,15 @@
 """The documentation builds without a warning, names all that is public, and says what code says."""
 
-import importlib
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from celery.utils.dispatch import Signal
 from sphinx.util.inventory import InventoryFile
 
 import isolated_tasks
-from isolated_tasks import errors, settings, signals
+from isolated_tasks import errors, settings, signals, testing
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +30,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _exported() -> list[type]:
-    values = [getattr(isolated_tasks, name) for name in isolated_tasks.__all__]
+    modules = [isolated_tasks, testing]
+    values = [getattr(module, name) for module in modules for name in module.__all__]
     return [value for value in values if isinstance(value, type)]
 
 
@@ -46,9 +46,7 @@ def test_what_is_public_is_in_the_reference_and_nothing_else(built: Path) -> Non
     public |= {f"isolated_tasks.errors.{name}" for name in errors.__all__}
     public |= {f"isolated_tasks.signals.{name}" for name in signals.__all__}
     public |= {"isolated_tasks.audit.install", "isolated_tasks.prometheus.register"}
-    if importlib.util.find_spec("isolated_tasks.testing") is not None:
-        names = importlib.import_module("isolated_tasks.testing").__all__
-        public |= {f"isolated_tasks.testing.{name}" for name in names}
+    public |= {f"isolated_tasks.testing.{name}" for name in testing.__all__}
 
     inventory = InventoryFile.loads((built / "objects.inv").read_bytes(), uri="").data
     described = {
@@ -62,7 +60,7 @@ def test_what_is_public_is_in_the_reference_and_nothing_else(built: Path) -> Non
 
 
 def test_signals_that_are_there_are_public() -> None:
-    made = {name for name, value in vars(signals).items() if type(value) is signals.Signal}
+    made = {name for name, value in vars(signals).items() if type(value) is Signal}
 
     assert made == set(signals.__all__)
 

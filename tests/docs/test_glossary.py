@@ -39,7 +39,7 @@ EXCEPTIONS = {
     r"warm_up": "the same, as a name",
     r"^ *return code$": "Python's statement",
     r"\.returncode": "the standard library's name",
-    r"--jobs|\bjobs\b.*(Executor|submit)|jobs\.submit": "measurements side by side, as in make",
+    r"--jobs|ThreadPoolExecutor|jobs\.submit": "measurements side by side, as in make",
     r"kubectl|kind: (Cron)?Job": "Kubernetes' own word",
 }
 #: Pages about another program, whose words are in every line.
