@@ -59,6 +59,9 @@ def manage(
             "DJANGO_SETTINGS_MODULE": settings,
             **(env or {}),
         },
+        # Celery puts the current directory first in the path: in the repository's root that is not
+        # the installed wheel.
+        cwd=PROJECT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
