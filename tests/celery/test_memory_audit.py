@@ -200,10 +200,11 @@ def test_isolated_tasks_and_tasks_within_a_call_are_left_out(
     worker: StartWorker, audit: Audit
 ) -> None:
     running = worker("audited", args=["--memory-audit"])
-    command = audit("--json")
+    audited = ["audited.calls_another_in_place", "audited.where"]
+    command = audit("--json", "--calls", "2", *named(*audited))
 
-    run(running, ["audited.isolated", "audited.calls_another_in_place", "audited.where"], calls=2)
-    command.process.send_signal(signal.SIGINT)
+    # What is not to be heard of comes first.
+    run(running, ["audited.isolated", *audited], calls=2)
 
     tasks = command.tasks()
     assert set(tasks) == {"audited.calls_another_in_place", "audited.where"}
