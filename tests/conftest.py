@@ -1,11 +1,17 @@
 """The servers that tests use, one of each for the whole run, and the report of a failure."""
 
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
 
 from harness.services import ServiceMissing, find_amqp, redis_service, require
 from harness.workplace import show_logs
+
+# A shell without job control starts what is followed by `&` with SIGINT ignored (POSIX, "Shell
+# Command Language", 2.11), and then so do all the commands that tests press Ctrl-C for.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,12 @@ from isolated_tasks.process.cgroup import is_full
 MIB = 1 << 20
 
 APP = Path(__file__).parent / "apps" / "limited.py"
-CONF = {"isolated_memory_budget": "600MiB", "isolated_max_redeliveries": 2}
+CONF = {
+    "isolated_memory_budget": "600MiB",
+    "isolated_max_redeliveries": 2,
+    # How long a spare stays that no call comes for: each test waits until all children are gone.
+    "isolated_batch_idle_timeout": 0.2,
+}
 
 
 @pytest.fixture(scope="module")

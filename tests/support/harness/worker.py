@@ -181,9 +181,14 @@ class Worker:
         self.wait_for_log(r"@\S+ ready\.", START_TIMEOUT)
         # Over Redis the subscription to remote control follows that line, and what is published
         # before is lost. No answer is no failure: a solo worker may be busy already.
-        for _ in range(5):
-            if self.app.control.ping(destination=[self.name], limit=1, timeout=1.0):
-                return
+        # A connection of its own: one in kombu's pool may be of a test of long ago, and the broker
+        # have closed it since.
+        with self.app.connection_for_write() as connection:
+            for _ in range(5):
+                if self.app.control.ping(
+                    destination=[self.name], limit=1, timeout=1.0, connection=connection
+                ):
+                    return
 
     def tree(self) -> list[psutil.Process]:
         """Every living process of this worker, the main process first."""
