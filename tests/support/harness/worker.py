@@ -1,5 +1,6 @@
 """A real `celery worker` as a process of its own, and everything that it prints."""
 
+import contextlib
 import os
 import re
 import selectors
@@ -181,13 +182,11 @@ class Worker:
         self.wait_for_log(r"@\S+ ready\.", START_TIMEOUT)
         # Over Redis the subscription to remote control follows that line, and what is published
         # before is lost. No answer is no failure: a solo worker may be busy already.
-        # A connection of its own: one in kombu's pool may be of a test of long ago, and the broker
-        # have closed it since.
-        with self.app.connection_for_write() as connection:
-            for _ in range(5):
-                if self.app.control.ping(
-                    destination=[self.name], limit=1, timeout=1.0, connection=connection
-                ):
+        for _ in range(5):
+            # The connection comes from kombu's pool, and may be of a test of long ago, and closed
+            # by the broker since. Nobody looks; to send by it is an error, and then it is gone.
+            with contextlib.suppress(ConnectionError):
+                if self.app.control.ping(destination=[self.name], limit=1, timeout=1.0):
                     return
 
     def tree(self) -> list[psutil.Process]:
