@@ -274,14 +274,19 @@ def show(sharing: list[Sharing], asking: list[Asking], options: argparse.Namespa
     from rich.console import Console
     from rich.table import Table
 
-    first = Table(
-        box=SIMPLE_HEAD,
-        title=f"{options.megabytes} MB, used in {options.slots} slots at once",
-        caption="MB, all processes of the worker; RSS counts what they share in each of them",
+    def table(title: str, caption: str, what: str, headings: tuple[str, ...]) -> Table:
+        made = Table(box=SIMPLE_HEAD, title=title, caption=caption)
+        made.add_column(what)
+        for heading in headings:
+            made.add_column(heading, justify="right", no_wrap=True)
+        return made
+
+    first = table(
+        f"{options.megabytes} MB, used in {options.slots} slots at once",
+        "MB, all processes of the worker; RSS counts what they share in each of them",
+        "worker",
+        ("before", "in use", "each slot", "RSS"),
     )
-    first.add_column("worker")
-    for heading in ("before", "in use", "each slot", "RSS"):
-        first.add_column(heading, justify="right", no_wrap=True)
     for one in sharing:
         first.add_row(
             one.label,
@@ -291,14 +296,12 @@ def show(sharing: list[Sharing], asking: list[Asking], options: argparse.Namespa
             as_megabytes(one.rss_bytes),
         )
     kind = next((each.kind for each in asking if each.kind), "")
-    second = Table(
-        box=SIMPLE_HEAD,
-        title=f"A model that must not be forked ({kind}), {options.calls} calls",
-        caption="seconds for each call, until the last has its outcome",
+    second = table(
+        f"A model that must not be forked ({kind}), {options.calls} calls",
+        "seconds for each call, until the last has its outcome",
+        "processes are",
+        ("answers", "processes", "loads", "seconds"),
     )
-    second.add_column("processes are")
-    for heading in ("answers", "processes", "loads", "seconds"):
-        second.add_column(heading, justify="right", no_wrap=True)
     for each in asking:
         second.add_row(
             each.label,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import celery
 import psutil
 from rich.console import Console
 
@@ -22,6 +19,7 @@ from rss_comparison.options import Options
 from rss_comparison.workload import write_orders
 from support.connection import Client, Connection
 from support.errors import ExampleError, UsageError
+from support.lab import setup
 from support.memory import MEGABYTE
 from support.program import writable
 
@@ -132,11 +130,5 @@ def _write_results(runs: list[Run], options: Options) -> None:
 
 
 def _setup(options: Options) -> dict[str, str]:
-    scheme = (options.broker or "files").partition(":")[0]
-    return {
-        "python": f"Python {platform.python_version()}",
-        "celery": f"Celery {celery.__version__}",
-        "pool": f"{options.pool}, concurrency {options.concurrency}",
-        "broker": f"messages through {scheme}",
-        "machine": f"{platform.system()}, {os.cpu_count() or 1} cores",
-    }
+    pool = f"{options.pool}, concurrency {options.concurrency}"
+    return setup(options.broker, pool=pool)
